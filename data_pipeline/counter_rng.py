@@ -1,0 +1,46 @@
+"""Random numbers as a pure function of where they are used: Philox-4x32-10 (Salmon et al., SC 2011) in PyTorch.
+
+There is no generator state to save, restore or keep in step over ranks: the numbers of a sample depend on the seed, the
+epoch, the sample's index and the purpose, and on nothing else. The integers equal those of Triton's `tl.philox`, so a
+kernel draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+
+def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, as int64 tensors, for each counter (c0, c1, c2, c3) of 32-bit words in int64 tensors."""
+    key_a, key_b = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # A product of two 32-bit words wraps in int64, but its 64 bits are right: shift and mask recover both halves.
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c2 = ((product_b >> 32) & _MASK) ^ c1 ^ key_a, ((product_a >> 32) & _MASK) ^ c3 ^ key_b
+        c1, c3 = product_b & _MASK, product_a & _MASK
+        key_a, key_b = (key_a + _KEY_A) & _MASK, (key_b + _KEY_B) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: int, epoch: int, indices: Tensor, stream: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), float32 (N, count), one row for each of `indices` (N,) int64.
+
+    `stream` (0 to 2²⁴ − 1) keeps the purposes apart: the first view, the second view, the place of a patch.
+    """
+    blocks = (count + 3) // 4
+    index = indices.to(torch.int64).unsqueeze(1)
+    block = torch.arange(blocks, device=indices.device).unsqueeze(0)
+    words = philox(
+        seed,
+        (index & _MASK).expand(-1, blocks),
+        (index >> 32).expand(-1, blocks),
+        torch.full_like(block, epoch).expand(len(indices), -1),
+        (block + (stream << 8)).expand(len(indices), -1),
+    )
+    # 24 bits fill a float32's significand exactly, so 1.0 is never reached.
+    return (torch.stack(words, dim=2).flatten(1)[:, :count] >> 8).float() * 2.0**-24
