@@ -7,12 +7,25 @@ kernel draws the same numbers.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """The purposes random numbers serve; no two may share a stream."""
+
+    FIRST_VIEW = 0
+    SECOND_VIEW = 1
+    PLACE = 2
+    GAMMA = 3
+    CUTMIX_BOX = 4
+    SHARE = 5
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,10 +40,10 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, epoch: int, indices: Tensor, stream: int, count: int) -> Tensor:
+def uniforms(seed: int, epoch: int, indices: Tensor, stream: Stream, count: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 (N, count), one row for each of `indices` (N,) int64.
 
-    `stream` (0 to 2²⁴ − 1) keeps the purposes apart: the first view, the second view, the place of a patch.
+    `stream` keeps the purposes apart.
     """
     blocks = (count + 3) // 4
     index = indices.to(torch.int64).unsqueeze(1)

@@ -95,8 +95,8 @@ class Partition:
     """A selection of labelled images: some classes of one subset of one dataset, and a share of each class.
 
     `share` is a half-open interval of [0, 1): each class's images are put in a fixed random order that depends on
-    nothing but the class and the seed 0, and those between the two fractions are taken. Disjoint intervals are disjoint sets
-    of images.
+    nothing but the class, and those between the two fractions are taken. Disjoint intervals give disjoint sets of
+    images.
     """
 
     dataset: str
@@ -227,7 +227,8 @@ class Protocol:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "split": self.split, "classes": asdict(self.classes)}
+        classes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.classes).items()}
+        return {"name": self.name, "split": self.split, "classes": classes}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Protocol:
@@ -294,9 +295,7 @@ def _registry() -> dict[str, tuple[ClassSplit, ...]]:
         registry[name] = (ClassSplit(dataset=dataset, known=tuple(range(total))),)
     for name, outside, total in (("cifar10-ood-cifar100", "cifar100", 100), ("cifar10-ood-svhn", "svhn", 10)):
         registry[name] = (
-            ClassSplit(
-                dataset="cifar10", known=tuple(range(10)), unknown=tuple(range(total)), unknown_dataset=outside
-            ),
+            ClassSplit(dataset="cifar10", known=tuple(range(10)), unknown=tuple(range(total)), unknown_dataset=outside),
         )
     return registry
 

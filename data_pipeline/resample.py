@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def resample_weights(start: Tensor, length: Tensor, source_size: int, target_size: int, target: Tensor | None = None) -> Tensor:
+def resample_weights(
+    start: Tensor, length: Tensor, source_size: int, target_size: int, target: Tensor | None = None
+) -> Tensor:
     """Weights (N, target_size, source_size), float32, that resize source pixels [start, start + length) of one axis.
 
     Args:

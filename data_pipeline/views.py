@@ -1,8 +1,8 @@
 """SimCLR views, batched on the device: random resized crop, flip, rotation, colour jitter, grayscale, normalise.
 
-Every image has its own parameters, drawn by a counter-based generator from (seed, epoch, image index, view): a view does
-not depend on the rank, the batch or the order in which images come. The geometry that made a view comes back with it, so
-that a place found in the view can be put on the source image and from there into the next epoch's view.
+Every image has its own parameters, drawn by a counter-based generator from (seed, epoch, image index, view): a view
+does not depend on the rank, the batch or the order in which images come. The geometry that made a view comes back with
+it, so that a place found in the view can be put on the source image and from there into the next epoch's view.
 
 Shapes: N images, C channels, source H×W, view h×w, P points per image. Points are (y, x), each in [0, 1].
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.counter_rng import uniforms
+from data_pipeline.counter_rng import Stream, uniforms
 from data_pipeline.errors import InputError
 from data_pipeline.resample import resample, resample_weights
 
@@ -129,8 +129,8 @@ class ViewParameters(NamedTuple):
 def draw_parameters(
     config: ViewConfig, source_size: tuple[int, int], indices: Tensor, *, seed: int, epoch: int, view: int
 ) -> ViewParameters:
-    """The parameters of view number `view` (0 or 1) of the images `indices` (N,) int64 in this epoch."""
-    draws = uniforms(seed, epoch, indices, stream=view, count=_DRAWS)
+    """The parameters of view `view` (0: the first, 1: the second) of the images `indices` (N,) int64 in this epoch."""
+    draws = uniforms(seed, epoch, indices, stream=Stream(view), count=_DRAWS)
     box = _draw_crop(config, source_size, draws[:, : 2 * _CROP_ATTEMPTS + 2])
     rest = draws[:, 2 * _CROP_ATTEMPTS + 2 :]
     flip, angle, jitter, brightness, contrast, saturation, hue, order, gray = rest.unbind(1)
@@ -193,7 +193,7 @@ def render_plain(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The whole image, resized if need be and normalised, as it is shown to a trained model. Shapes as `render_view`."""
+    """The whole image, resized if need be and normalised, as a trained model sees it. Shapes as in `render_view`."""
     pixels = images.permute(0, 3, 1, 2).float().div_(255.0)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
@@ -234,8 +234,8 @@ def _rotate(pixels: Tensor, angle: Tensor, aspect: float) -> Tensor:
 def _jitter(view: Tensor, parameters: ViewParameters) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, then grayscale.
 
-    The first three blend the image with black, its mean gray and its own gray. Only the order of the three and the place
-    of the hue shift among them matter, so three blends before one hue shift and three after it cover every order:
+    The first three blend the image with black, its mean gray and its own gray. Only the order of the three and the
+    place of the hue shift among them matter, so three blends before one hue shift and three after it cover every order:
     each image skips, by a factor of 1, the blends that are not its own.
     """
     colour = view.shape[1] == 3
@@ -273,8 +273,8 @@ def _gray(view: Tensor) -> Tensor:
 def _shift_hue(view: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of HSV by `shift` (N,) of the circle; value and saturation stay.
 
-    In HSV each channel is value·(1 − saturation·m), with m a trapezoid of the hue: the channels are rebuilt from the new
-    hue without the usual six cases.
+    In HSV each channel is value·(1 − saturation·m), with m a trapezoid of the hue: the channels are rebuilt from the
+    new hue without the usual six cases.
     """
     value, low = view.amax(dim=1), view.amin(dim=1)
     chroma = value - low

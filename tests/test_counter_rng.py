@@ -17,7 +17,12 @@ def test_known_answers_of_random123():
     assert words(2**64 - 1, ones, ones, ones, ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     # Digits of π, the third vector of the same list.
     key = (0x299F31D0 << 32) | 0xA4093822
-    assert words(key, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert words(key, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344) == [
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    ]
 
 
 def test_numbers_depend_on_the_index_not_on_its_company():

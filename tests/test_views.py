@@ -25,7 +25,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def random_images(n: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
-    return torch.randint(0, 256, (n, height, width, channels), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return torch.randint(0, 256, (n, height, width, channels), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
 
 
 def torchvision_view(image: torch.Tensor, parameters, i: int, size: int) -> torch.Tensor:
@@ -131,10 +133,14 @@ def test_geometry_says_where_a_source_pixel_went(config, height, width):
     place = 0.2 + 0.6 * torch.rand((n, 1, 2), generator=generator)
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
-    distance = ((y.view(1, -1, 1) - place[:, :, :1]) * height) ** 2 + ((x.view(1, 1, -1) - place[:, :, 1:]) * width) ** 2
+    distance = ((y.view(1, -1, 1) - place[:, :, :1]) * height) ** 2 + (
+        (x.view(1, 1, -1) - place[:, :, 1:]) * width
+    ) ** 2
     images = (255 * torch.exp(-distance / 4)).to(torch.uint8).unsqueeze(3)
     p = draw_parameters(config, (height, width), torch.arange(n), seed=2, epoch=0, view=0)
-    view = render_view(images, p._replace(factors=torch.tensor([[1.0, 1, 1, 0]] * n)), size=size, mean=(0.0,), std=(1.0,))
+    view = render_view(
+        images, p._replace(factors=torch.tensor([[1.0, 1, 1, 0]] * n)), size=size, mean=(0.0,), std=(1.0,)
+    )
     predicted = p.geometry.to_view(place)
     inside = ((predicted > 0.08) & (predicted < 0.92)).all(dim=2).squeeze(1)
     assert inside.sum() > 60

@@ -1,7 +1,7 @@
 """Metrics of open set recognition and of out-of-distribution detection.
 
-Scores follow one convention: larger means more known. "Known" images belong to the classes trained on (in-distribution),
-"unknown" ones do not. Every metric is a float in [0, 1], larger being better.
+Scores follow one convention: larger means more known. "Known" images belong to the classes trained on, that is, are
+in-distribution; "unknown" ones are not. Every metric is a float in [0, 1], larger being better.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def closed_set_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or len(predictions) == 0:
         raise ValueError(
-            f"predictions and labels must be non-empty vectors of one length, got {predictions.shape} and {labels.shape}"
+            f"predictions and labels must be vectors of one length ≥ 1, got {predictions.shape} and {labels.shape}"
         )
     return float(np.mean(predictions == labels))
 
@@ -91,7 +91,7 @@ def open_set_metrics(
     """
     known, unknown = np.asarray(known_scores), np.asarray(unknown_scores)
     predictions, labels = np.asarray(known_predictions), np.asarray(known_labels)
-    expected = (len(labels), len(ks))
+    expected = (*labels.shape, len(ks))
     if known.shape != expected or predictions.shape != expected:
         raise ValueError(
             f"known_scores and known_predictions must be {expected}, got {known.shape} and {predictions.shape}"
@@ -157,12 +157,10 @@ def _wins(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> float:
     return int(twice) / 2
 
 
-def _accepted(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
-    """How many of each score at least t, for t = ∞ and then every distinct score from the largest down."""
-    thresholds = np.append(np.unique(np.concatenate([negatives, positives])), np.inf)[::-1]
-    return tuple(
-        len(scores) - np.searchsorted(np.sort(scores), thresholds, "left") for scores in (positives, negatives)
-    )
+def _accepted(*groups: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """How many of each group score at least t, for t = ∞ and then every distinct score from the largest down."""
+    thresholds = np.append(np.unique(np.concatenate(groups)), np.inf)[::-1]
+    return [len(scores) - np.searchsorted(np.sort(scores), thresholds) for scores in groups]
 
 
 def _average_precision(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:

@@ -1,12 +1,12 @@
-"""Open set recognition from embeddings (GradMix paper, section 3.4, algorithm 1).
+"""Open set recognition from embeddings (algorithm 1 of the GradMix paper).
 
 A test embedding is compared with the training embeddings, the gallery. For each class c the score is the sum of the k
 largest cosine similarities to the gallery embeddings of that class,
 
     s_c(z) = sum of the k largest  <z, g> / (|z| |g|),  g in class c,
 
-the largest s_c is the image's score and its c the prediction. One sign convention holds throughout: a larger score means
-more known, and an image is unknown when its score is below the threshold.
+the largest s_c is the image's score and its c the prediction. One sign convention holds throughout: a larger score
+means more known, and an image is unknown when its score is below the threshold.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def score(
 ) -> Scores:
     """Score of the best class, and that class, for every test embedding and every k, from one pass over the gallery.
 
-    Embeddings need not be normalised; a zero vector has similarity 0 to everything. float16 and bfloat16 are computed in
-    float32. Of classes with equal scores the lowest is predicted.
+    Embeddings need not be normalised; a zero vector has similarity 0 to everything. float16 and bfloat16 are computed
+    in float32. Of classes with equal scores the lowest is predicted.
 
     Args:
         test: (M, D) embeddings, M ≥ 0.
@@ -153,39 +153,39 @@ def _class_sums(
     test: Tensor, gallery: Tensor, members: list[Tensor], ks: Sequence[int], chunk_bytes: int
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield (test rows, class, (rows, K) top-k sums): chunk by chunk, the classes of each in ascending order."""
-    most = max(ks)
+    k_max = max(ks)
     dtype = _dtype(test, gallery)
-    height, width = _tile(test.shape[1], most, max(map(len, members)), dtype.itemsize, chunk_bytes)
-    height = min(height, len(test))
+    height, width = _tile(test.shape[1], k_max, max(map(len, members)), dtype.itemsize, chunk_bytes)
+    height = max(1, min(height, len(test)))
     columns = torch.tensor(ks, device=test.device) - 1
-    memory = torch.empty(height * (most + width), dtype=dtype, device=test.device)
+    memory = torch.empty(height * (k_max + width), dtype=dtype, device=test.device)
 
-    for start in range(0, len(test), height or 1):
+    for start in range(0, len(test), height):
         rows = slice(start, min(start + height, len(test)))
         queries = _unit(test[rows], dtype)
         for label, rows_of_class in enumerate(members):
-            top = queries.new_full((len(queries), most), -torch.inf)
+            top = queries.new_full((len(queries), k_max), -torch.inf)
             for block in rows_of_class.split(width):
                 # The best so far stand beside the new similarities, so that one topk also merges the blocks.
-                window = memory[: len(queries) * (most + len(block))].view(len(queries), -1)
-                window[:, :most] = top
-                torch.mm(queries, _unit(gallery[block], dtype).T, out=window[:, most:])
-                top = window.topk(most).values
+                window = memory[: len(queries) * (k_max + len(block))].view(len(queries), -1)
+                window[:, :k_max] = top
+                torch.mm(queries, _unit(gallery[block], dtype).T, out=window[:, k_max:])
+                top = window.topk(k_max).values
             yield rows, label, top.cumsum(dim=1)[:, columns]
 
 
-def _tile(dimension: int, most: int, largest_class: int, itemsize: int, chunk_bytes: int) -> tuple[int, int]:
+def _tile(dimension: int, k_max: int, largest_class: int, itemsize: int, chunk_bytes: int) -> tuple[int, int]:
     """How many test rows and gallery rows to compare at a time, so that all temporaries fit in `chunk_bytes`.
 
-    A gallery row costs 4 vectors while it is normalised; a test row the same, its similarities, and 6 times `most` numbers
-    for the best so far, topk's values and 64-bit indices, and their sums.
+    A gallery row costs 4 vectors while it is normalised. A test row costs the same, its similarities, and 7 times k_max
+    numbers for the best so far (twice), topk's values and 64-bit indices, and their sums.
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     numbers = chunk_bytes // itemsize
     # Near a square, and at most half the memory for gallery rows, so that no side is cut into needlessly many pieces.
     width = max(1, min(largest_class, math.isqrt(numbers), numbers // (8 * dimension)))
-    height = (numbers - width * 4 * dimension) // (width + 4 * dimension + 7 * most)
+    height = (numbers - width * 4 * dimension) // (width + 4 * dimension + 7 * k_max)
     return max(1, height), width
 
 

@@ -1,0 +1,40 @@
+"""What every command line entry does the same way: parse a configuration, log, and answer bad input with one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from data_pipeline.errors import InputError
+
+Config = TypeVar("Config")
+
+EXIT_BAD_INPUT = 2
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run `main` and end the process: 0, or 2 with one line on standard error for an `InputError`."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(
+    config: type[Config],
+    *,
+    prog: str,
+    description: str,
+    default: Config | None = None,
+    args: Sequence[str] | None = None,
+) -> Config:
+    """`config` from the command line; flags, help, units and defaults come from the dataclass and its docstrings."""
+    options = {} if default is None else {"default": default}
+    return tyro.cli(config, prog=prog, description=description, args=args, **options)

@@ -1,0 +1,240 @@
+"""From an FFCV file to batches on the device: images uint8, labels and indices. FFCV decodes; the rest happens there.
+
+The order of an epoch is a function of (seed, epoch) alone, and a rank's batches are its slice of every global batch:
+the global batch of a step holds the same images on any number of ranks.
+
+Two loaders with one interface: `StreamLoader` decodes every epoch from the file, `ResidentLoader` decodes once and
+keeps the images on the device, where an epoch is nothing but indexing.
+"""
+
+from __future__ import annotations
+
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.beton import Manifest, verify
+from data_pipeline.errors import InputError
+
+Cache = Literal["auto", "resident", "stream"]
+
+_RESIDENT_SHARE = 0.25
+_DECODE_BATCH = 512
+
+
+class Batch(NamedTuple):
+    """N images on the device.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        labels: (N,) int64, the place of the class in the manifest's `class_names`, -1 for unknown.
+        indices: (N,) int64, the place of the image in its file.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (count,) int64 in which the images of this epoch come."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def rank_order(count: int, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int) -> np.ndarray:
+    """One rank's part (steps, batch_size) of the epoch: its slice of every global batch.
+
+    A global batch is `batch_size · world_size` consecutive images of the epoch's order; the images left over at the end
+    sit this epoch out, other ones each time.
+    """
+    global_batch = batch_size * world_size
+    steps = count // global_batch
+    order = epoch_order(count, seed, epoch)[: steps * global_batch]
+    return order.reshape(steps, world_size, batch_size)[:, rank]
+
+
+class Loader(ABC):
+    """Shuffled training batches of one rank. `len(loader)` is the number of steps in an epoch."""
+
+    def __init__(
+        self, manifest: Manifest, batch_size: int, device: torch.device, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.manifest, self.batch_size, self.device = manifest, batch_size, device
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        if len(self) == 0:
+            raise InputError(
+                f"{manifest.count} training images do not fill one batch of {batch_size * world_size}: "
+                f"set --batch-size to at most {manifest.count}"
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.count // (self.batch_size * self.world_size)
+
+    @abstractmethod
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of epoch `number`, from 0. Leaving early is fine."""
+
+    def _order(self, number: int) -> np.ndarray:
+        return rank_order(
+            self.manifest.count,
+            self.batch_size,
+            seed=self.seed,
+            epoch=number,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+
+class StreamLoader(Loader):
+    """Decodes from the file every epoch, a few batches ahead."""
+
+    def __init__(
+        self,
+        beton: Path,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(verify(beton), batch_size, device, seed, rank, world_size)
+        self._file = _FFCVFile(beton, self.manifest, batch_size, device, workers)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        return self._file.read(self._order(number).ravel())
+
+
+class ResidentLoader(Loader):
+    """Decodes the file once and keeps it on the device: (H·W·C + 16) bytes an image."""
+
+    def __init__(
+        self,
+        beton: Path,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(verify(beton), batch_size, device, seed, rank, world_size)
+        self._data = load_all(beton, device=device, workers=workers)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        # One transfer for the whole epoch; after it no step waits for the host.
+        for chosen in torch.from_numpy(self._order(number)).to(self.device, non_blocking=True):
+            yield Batch(self._data.images[chosen], self._data.labels[chosen], chosen)
+
+
+def open_loader(
+    beton: Path,
+    batch_size: int,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 1,
+    cache: Cache = "auto",
+) -> Loader:
+    """Training batches of `beton`, `batch_size` images on each rank.
+
+    Args:
+        cache: keep the decoded images on the device, stream them, or decide: resident if they take at most a quarter of
+            the memory that is free there.
+        workers: decoding threads.
+    """
+    if cache == "auto":
+        manifest = verify(beton)
+        needed = manifest.count * (manifest.image_size**2 * manifest.channels + 16)
+        cache = "resident" if needed <= _RESIDENT_SHARE * _free_memory(device) else "stream"
+    kind = ResidentLoader if cache == "resident" else StreamLoader
+    return kind(beton, batch_size, device=device, seed=seed, rank=rank, world_size=world_size, workers=workers)
+
+
+def load_all(beton: Path, *, device: torch.device, workers: int = 1) -> Batch:
+    """All images of a file, in the file's order, as one batch on the device."""
+    manifest = verify(beton)
+    file = _FFCVFile(beton, manifest, min(_DECODE_BATCH, manifest.count), device, workers)
+    batches = list(file.read(np.arange(manifest.count)))
+    return Batch(*(torch.cat(parts) for parts in zip(*batches)))
+
+
+class _FFCVFile:
+    """An FFCV loader that reads the images it is asked for, in that order, and leaves no thread behind."""
+
+    def __init__(self, beton: Path, manifest: Manifest, batch_size: int, device: torch.device, workers: int) -> None:
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader as FFCVLoader
+        from ffcv.loader import OrderOption
+        from ffcv.transforms import Squeeze, ToTensor
+
+        self._device = device
+        self._channels = manifest.channels
+        self._loader = FFCVLoader(
+            str(beton),
+            batch_size=batch_size,
+            num_workers=workers,
+            # The page cache serves every process on the machine; FFCV's own cache would hold a copy for each.
+            os_cache=True,
+            order=OrderOption.SEQUENTIAL,
+            drop_last=False,
+            pipelines={
+                "image": [SimpleRGBImageDecoder(), ToTensor()],
+                "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+                "index": [IntDecoder(), ToTensor(), Squeeze(1)],
+            },
+        )
+
+    def read(self, order: np.ndarray) -> Iterator[Batch]:
+        # FFCV's sequential order takes its indices as they are, so that any order can be asked for.
+        self._loader.traversal_order.indices = order
+        self._loader.first_traversal_order = order
+        iterator = iter(self._loader)
+        try:
+            for images, labels, indices in iterator:
+                # FFCV reuses its buffers a few batches later; what leaves here is the caller's own.
+                yield Batch(
+                    _take(images[..., : self._channels], self._device),
+                    _take(labels, self._device),
+                    _take(indices, self._device),
+                )
+        finally:
+            _close(iterator)
+
+
+def _take(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous().to(device)
+
+
+def _close(iterator) -> None:
+    """End FFCV's epoch thread; its own `close` leaves that of an abandoned epoch waiting for a reader (ffcv #345)."""
+    iterator.iter_ixes = iter(())
+    iterator.close()
+    while iterator.is_alive():
+        # Make room for what the thread wants to hand over last, so that it can end.
+        try:
+            iterator.output_queue.get(timeout=0.01)
+        except queue.Empty:
+            continue
+    iterator.join()
+    iterator.closed = True
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

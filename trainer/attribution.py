@@ -1,0 +1,99 @@
+"""From the gradients of the training loss to the place of the next patch, and the memory of these places.
+
+In the default mode the gradients are a by-product of the training step: the encoder's maps keep theirs in the one
+backward pass, `peaks` reduces each image's to a place, and `PeakStore` remembers it, in source coordinates, until the
+image comes again in the next epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.counter_rng import Stream, uniforms
+from trainer.gradmix import activation_map, find_peaks, layercam_peaks
+
+if TYPE_CHECKING:
+    from trainer.config import MixingConfig
+
+
+def attribution(maps: Sequence[Tensor], gradients: Sequence[Tensor], config: MixingConfig) -> Tensor:
+    """Activation map (N, h, w) of one layer, or the sum over several.
+
+    Several layers are each normalised to [0, 1] per image, resized bilinearly to the finest and added.
+    """
+    each = [activation_map(a, g, config.attribution, config.gradient_sign) for a, g in zip(maps, gradients)]
+    if len(each) == 1:
+        return each[0]
+    finest = max((single.shape[1:] for single in each), key=lambda shape: shape[0] * shape[1])
+    resized = [
+        F.interpolate(_normalise(single).unsqueeze(1), finest, mode="bilinear", align_corners=False) for single in each
+    ]
+    return torch.stack(resized).sum(dim=0).squeeze(1)
+
+
+def peaks(maps: Sequence[Tensor], gradients: Sequence[Tensor], config: MixingConfig) -> Tensor:
+    """The most activated places (N, P, 2) in view coordinates; NaN for an image whose map says nothing."""
+    if len(maps) == 1:
+        return layercam_peaks(
+            maps[0],
+            gradients[0],
+            config.num_patches,
+            kind=config.attribution,
+            sign=config.gradient_sign,
+            suppress=config.gamma_max,
+        )[0]
+    return find_peaks(attribution(maps, gradients, config), config.num_patches, suppress=config.gamma_max)[0]
+
+
+def first_view_gradients(maps: Mapping[str, Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps and gradients of the first N views after a backward pass over maps that retained their gradients."""
+    return [a.detach()[:n] for a in maps.values()], [a.grad[:n] for a in maps.values()]
+
+
+class PeakStore:
+    """The places (y, x) in the source image where each training image was last most activated; NaN: not known yet.
+
+    P·8 bytes an image, on the device.
+    """
+
+    def __init__(self, num_images: int, num_peaks: int, device: torch.device) -> None:
+        self.places = torch.full((num_images, num_peaks, 2), torch.nan, device=device)
+
+    def lookup(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """Places (N, P, 2) of the images `indices` (N,); a random one where none is known."""
+        stored = self.places[indices]
+        return torch.where(stored.isnan(), random_places(indices, stored.shape[1], seed=seed, epoch=epoch), stored)
+
+    def update(self, indices: Tensor, places: Tensor) -> None:
+        """Remember `places` (N, P, 2) for `indices` (N,); NaN forgets."""
+        self.places[indices] = places
+
+
+def random_places(indices: Tensor, num_places: int, *, seed: int, epoch: int) -> Tensor:
+    """Uniform places (N, P, 2), a function of (seed, epoch, index) only."""
+    return uniforms(seed, epoch, indices, Stream.PLACE, 2 * num_places).view(-1, num_places, 2)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch-norm layers normalise by the batch, as in training, but do not learn its statistics."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    tracked = [layer.track_running_stats for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, was_tracked in zip(layers, tracked):
+            layer.track_running_stats = was_tracked
+
+
+def _normalise(activation: Tensor) -> Tensor:
+    low, high = activation.amin(dim=(1, 2), keepdim=True), activation.amax(dim=(1, 2), keepdim=True)
+    return (activation - low) / (high - low).clamp(min=torch.finfo(activation.dtype).tiny)

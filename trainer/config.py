@@ -1,0 +1,389 @@
+"""Every knob of training, once: what it does, its unit, its range. And the recipes: a whole configuration per protocol.
+
+A recipe is a function of nothing; a variant of it is `dataclasses.replace`. The command line (`trainer.train --help`)
+is made from these classes, so a knob that is not here does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.errors import InputError, unknown_name
+from data_pipeline.views import ViewConfig
+
+Layer = Literal["conv3_2", "conv4_2", "conv5_2"]
+Architecture = Literal["resnet18", "resnet34", "resnet50"]
+
+
+def _require(holds: bool, field_name: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise InputError(f"{field_name} is {value}; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The network from view to embedding."""
+
+    architecture: Architecture = "resnet18"
+    """Depth of the residual network."""
+    width: int = 64
+    """Channels of the first stage; 64 is the standard network, 16 a quarter of it. 1 or more."""
+    stem: Literal["small", "large"] = "small"
+    """small: 3×3, stride 1, no max-pool, for images up to about 96 pixels; large: 7×7, stride 2, max-pool."""
+    hidden_dim: int = 512
+    """Hidden units of the projection head, 1 or more."""
+    embedding_dim: int = 128
+    """Length of the embedding, 2 or more."""
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 1, "encoder.width", self.width, "set it to 1 or more")
+        _require(self.hidden_dim >= 1, "encoder.hidden-dim", self.hidden_dim, "set it to 1 or more")
+        _require(self.embedding_dim >= 2, "encoder.embedding-dim", self.embedding_dim, "set it to 2 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Equation 8, L = θ·L_supcon + λ·(L_simclr + γ²·L_gradmix); the defaults are the paper's for CIFAR-10."""
+
+    theta: float = 1.0
+    """θ, weight of the supervised loss; 0 or more."""
+    lambda_: float = 1.2
+    """λ, weight of the self-supervised losses; 0 or more, not both 0."""
+    temperature: float = 0.05
+    """τ, by which cosine similarities are divided; above 0."""
+    denominator: Literal["negatives", "all"] = "negatives"
+    """SupCon's denominator: other classes only (the paper's eq. 2), or everyone but the anchor (Khosla et al.)."""
+    anchors: Literal["other", "both"] = "other"
+    """What a mixed view is paired with: the other clean view of its image, or each of the two in turn."""
+
+    def __post_init__(self) -> None:
+        _require(self.theta >= 0, "objective.theta", self.theta, "set it to 0 or more")
+        _require(self.lambda_ >= 0, "objective.lambda-", self.lambda_, "set it to 0 or more")
+        _require(self.theta + self.lambda_ > 0, "objective.theta", self.theta, "let θ or λ be above 0")
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """How the third view is made from the first."""
+
+    kind: Literal["gradmix", "cutmix", "mixup", "none"] = "gradmix"
+    """gradmix: a patch of another image at the most activated place; cutmix and mixup for comparison; none: no third
+    view."""
+    gamma_min: float = 0.1
+    """γ_min, smallest side of the patch as a share of the image's side; within (0, 1)."""
+    gamma_max: float = 0.5
+    """γ_max, largest side of the patch; within (0, 1), at least γ_min."""
+    gamma_per: Literal["step", "sample"] = "step"
+    """Draw γ once for the batch, or for each image."""
+    num_patches: int = 1
+    """Patches per image, at peaks that do not overlap; 1 to 16."""
+    place: Literal["peak", "random"] = "peak"
+    """Where the patch goes: the most activated place, or anywhere (the control)."""
+    peaks_from: Literal["previous_epoch", "same_step"] = "previous_epoch"
+    """previous_epoch: a by-product of training, no extra pass; same_step: an extra forward and backward pass first."""
+    attribution: Literal["layercam", "gradcam"] = "layercam"
+    """How the activation map is made: eqs. 6-7 of the paper, or eqs. 4-5 ("vanilla" GradMix)."""
+    gradient_sign: Literal[1, -1] = 1
+    """1: gradient of the loss, as written in the paper; -1: of its negative, the class-activation reading."""
+    layers: tuple[Layer, ...] = ("conv5_2",)
+    """Layers whose maps are used; several are normalised, resized to the finest and added."""
+    alpha: float = 1.0
+    """α of the Beta(α, α) distribution that mixup and cutmix draw their share from; above 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma_min", "gamma_max"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"mixing.{name.replace('_', '-')}", value, "set it within (0, 1)")
+        _require(
+            self.gamma_min <= self.gamma_max,
+            "mixing.gamma-min",
+            self.gamma_min,
+            f"set it to at most --mixing.gamma-max, which is {self.gamma_max}",
+        )
+        _require(1 <= self.num_patches <= 16, "mixing.num-patches", self.num_patches, "set it within 1 to 16")
+        _require(len(self.layers) >= 1, "mixing.layers", self.layers, "name at least one layer")
+        _require(len(set(self.layers)) == len(self.layers), "mixing.layers", self.layers, "name each layer once")
+        _require(self.alpha > 0, "mixing.alpha", self.alpha, "set it above 0")
+
+    @property
+    def uses_peaks(self) -> bool:
+        return self.kind == "gradmix" and self.place == "peak"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate over time: linear warm-up, then half a cosine."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    """Adam, or SGD with Nesterov momentum."""
+    learning_rate: float = 1e-3
+    """Learning rate after warm-up; above 0."""
+    final_share: float = 0.8**3
+    """Learning rate at the end as a share of the one after warm-up, 0 to 1; the paper's runs end at 0.8³."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0; 0 or more, may be a fraction."""
+    weight_decay: float = 0.0
+    """L2 penalty on all weights; 0 or more."""
+    momentum: float = 0.9
+    """Momentum of SGD, 0 to below 1; Adam does not use it."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning-rate", self.learning_rate, "set it above 0")
+        _require(0 <= self.final_share <= 1, "optimizer.final-share", self.final_share, "set it within 0 to 1")
+        _require(self.warmup_epochs >= 0, "optimizer.warmup-epochs", self.warmup_epochs, "set it to 0 or more")
+        _require(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "set it to 0 or more")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "set it within 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with its own θ and λ, written EPOCHS:THETA:LAMBDA, such as 600:0:1."""
+
+    epochs: int
+    theta: float
+    lambda_: float
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "phases", self, "give each phase 1 epoch or more")
+        _require(
+            min(self.theta, self.lambda_) >= 0 < self.theta + self.lambda_, "phases", self, "let θ or λ be above 0"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Phase:
+        try:
+            epochs, theta, lambda_ = text.split(":")
+            values = int(epochs), float(theta), float(lambda_)
+        except ValueError:
+            raise InputError(f"phase {text!r} is not EPOCHS:THETA:LAMBDA; write it like 600:0:1") from None
+        return cls(epochs=values[0], theta=values[1], lambda_=values[2])
+
+    def __str__(self) -> str:
+        return f"{self.epochs}:{self.theta:g}:{self.lambda_:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is recorded in MLflow and under which names."""
+
+    uri: str | None = None
+    """MLflow store: sqlite:///FILE or http://HOST:PORT. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db."""
+    experiment: str = "gradmix-osr"
+    """MLflow experiment."""
+    model_name: str | None = None
+    """Name in the model registry. Default: gradmix-PROTOCOL."""
+    alias: str = "champion"
+    """Alias that is moved to the new model version; empty for none."""
+    offline: bool = False
+    """Record in the run folder only; deliver later with python -m trainer.tracking and trainer.registry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run: data, network, objective, schedule, evaluation and records."""
+
+    protocol: str = "digits"
+    """Protocol the files were built for; it also chooses the recipe that the other defaults come from."""
+    split: int = 0
+    """Split of the protocol, from 0."""
+    data: Path = Path("data")
+    """Data folder that holds the built files, or the folder of one build."""
+    run_dir: Path | None = None
+    """Run folder. Default: runs/PROTOCOL-SPLIT-seedSEED."""
+    restart: bool = False
+    """Discard the run folder's checkpoints and start over, instead of going on from the last one."""
+    seed: int = 0
+    """Seed of initial weights, order, views and mixing; 0 to 2⁶³ − 1."""
+
+    epochs: int = 600
+    """Passes over the training images; 1 or more."""
+    phases: tuple[str, ...] = ()
+    """Phases EPOCHS:THETA:LAMBDA one after the other; when given, they replace epochs, θ and λ."""
+    batch_size: int = 256
+    """Images of a step over all ranks; 2 or more. Each is seen in two or three views."""
+    cache: Literal["auto", "resident", "stream"] = "auto"
+    """resident: decode once, keep on the device; stream: decode every epoch; auto: resident where a quarter of the free
+    memory holds it."""
+    workers: int = 1
+    """FFCV decoding threads of each rank; 1 or more."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON (ZeRO stage, precision, clipping, accumulation) in place of the built-in one."""
+    init_from: Path | None = None
+    """encoder.safetensors of another run to start from."""
+
+    k: int = 10
+    """Neighbours per class in the score of the registered model; 1 or more."""
+    ks: tuple[int, ...] = (1, 5, 10, 50)
+    """Every k that evaluation reports, in one pass."""
+    accept: float = 0.95
+    """Share of held-out known images that the threshold accepts; within (0, 1]."""
+    evaluate_every: int = 0
+    """Evaluate on the test images every so many epochs; 0: only at the end."""
+    checkpoint_every: int = 10
+    """Write a checkpoint every so many epochs; 1 or more. The last epoch always writes one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep; 1 or more."""
+    log_every: int = 10
+    """Read the losses from the device every so many steps; 1 or more."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "set it within 0 to 2⁶³ − 1")
+        _require(self.epochs >= 1, "epochs", self.epochs, "set it to 1 or more")
+        _require(self.batch_size >= 2, "batch-size", self.batch_size, "set it to 2 or more")
+        _require(self.workers >= 1, "workers", self.workers, "set it to 1 or more")
+        for text in self.phases:
+            Phase.parse(text)
+        _require(0 < self.accept <= 1, "accept", self.accept, "set it within (0, 1]")
+        _require(min((self.k, *self.ks)) >= 1, "ks", self.ks, "set k and every k of ks to 1 or more")
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, name.replace("_", "-"), value, "set it to 1 or more")
+        _require(self.evaluate_every >= 0, "evaluate-every", self.evaluate_every, "set it to 0 or more")
+
+    @property
+    def schedule(self) -> tuple[Phase, ...]:
+        """The phases of this run; one, if none were given."""
+        if self.phases:
+            return tuple(Phase.parse(text) for text in self.phases)
+        return (Phase(epochs=self.epochs, theta=self.objective.theta, lambda_=self.objective.lambda_),)
+
+    @property
+    def total_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.schedule)
+
+    def objective_at(self, epoch: int) -> ObjectiveConfig:
+        """The objective of epoch `epoch`, from 0."""
+        for phase in self.schedule:
+            if epoch < phase.epochs:
+                return dataclasses.replace(self.objective, theta=phase.theta, lambda_=phase.lambda_)
+            epoch -= phase.epochs
+        raise IndexError("epoch past the end of the schedule")
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir or Path("runs") / f"{self.protocol}-{self.split}-seed{self.seed}"
+
+    @property
+    def model_name(self) -> str:
+        # MLflow model names take neither "/" nor ":"; "+" of cifar+10 is fine.
+        return self.tracking.model_name or f"gradmix-{self.protocol}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what the training computes: a checkpoint fits another run only if these are equal."""
+        free = {
+            "data", "run_dir", "restart", "cache", "workers", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+            "log_every", "tracking", "k", "ks", "accept",
+        }  # fmt: skip
+        return {name: value for name, value in self.to_dict().items() if name not in free}
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# Views that keep a digit the digit it is: no flip, no colour.
+_UPRIGHT = ViewConfig(
+    scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, rotation=5.0, jitter=0.0, grayscale=0.0,
+    brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+)  # fmt: skip
+
+
+def _digits() -> TrainConfig:
+    """scikit-learn's digits at 16 pixels with a quarter-width network: about a minute on 2 CPU cores.
+
+    python -m trainer.train --protocol digits --split 0
+    """
+    return TrainConfig(
+        protocol="digits",
+        epochs=30,
+        batch_size=115,
+        encoder=EncoderConfig(width=16, hidden_dim=128, embedding_dim=64),
+        views=dataclasses.replace(_UPRIGHT, scale=(0.6, 1.0), rotation=10.0, jitter=0.8, brightness=0.4, contrast=0.4),
+        ks=(1, 5, 10, 50),
+    )
+
+
+def _mnist() -> TrainConfig:
+    """The paper's MNIST setting: rotation by up to 5°, no mixing, θ = 1, λ = 3, 10 epochs; published AUROC 99.8.
+
+    python -m trainer.train --protocol mnist --split 0
+    """
+    return TrainConfig(
+        protocol="mnist",
+        epochs=10,
+        objective=ObjectiveConfig(theta=1.0, lambda_=3.0),
+        mixing=MixingConfig(kind="none"),
+        views=_UPRIGHT,
+        ks=(1, 5, 10, 50, 200),
+    )
+
+
+def _svhn() -> TrainConfig:
+    """The paper's SVHN setting, 300 epochs; published AUROC 94.7. Digits are not flipped.
+
+    deepspeed --module trainer.train --protocol svhn --split 0
+    """
+    return TrainConfig(protocol="svhn", epochs=300, views=ViewConfig(flip=0.0), ks=(1, 5, 10, 50, 200))
+
+
+def _cifar() -> TrainConfig:
+    """The paper's CIFAR-10 setting, θ = 1, λ = 1.2, 600 epochs; published AUROC 91.33 (CIFAR+10 98.62, CIFAR+50 97.64).
+
+    The published long schedule is --phases 600:0:1 10:1:1.2.
+
+    deepspeed --module trainer.train --protocol cifar10 --split 0
+    """
+    return TrainConfig(protocol="cifar10", epochs=600, ks=(1, 5, 10, 50, 200))
+
+
+def _tinyimagenet() -> TrainConfig:
+    """The paper's TinyImageNet setting at 64 pixels, 600 epochs; published AUROC 81.92.
+
+    deepspeed --module trainer.train --protocol tinyimagenet --split 0
+    """
+    return TrainConfig(protocol="tinyimagenet", epochs=600, ks=(1, 5, 10, 50, 200))
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "svhn": _svhn,
+    "cifar10": _cifar,
+    "cifar+10": _cifar,
+    "cifar+50": _cifar,
+    "cifar10-closed": _cifar,
+    "cifar100-closed": _cifar,
+    "cifar10-ood-cifar100": _cifar,
+    "cifar10-ood-svhn": _cifar,
+    "tinyimagenet": _tinyimagenet,
+    "tinyimagenet-closed": _tinyimagenet,
+    "custom": _tinyimagenet,
+}
+
+
+def recipe(protocol: str) -> TrainConfig:
+    """The defaults of a protocol; a pseudo-open one ("cifar10-pseudo0") has those of the protocol it came from."""
+    base = protocol.rsplit("-pseudo", 1)[0]
+    if base not in RECIPES:
+        raise unknown_name("protocol", protocol, RECIPES)
+    return dataclasses.replace(RECIPES[base](), protocol=protocol)

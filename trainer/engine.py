@@ -1,0 +1,120 @@
+"""The DeepSpeed engine around the encoder: process group, device, optimizer, schedule, precision."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import read_json
+from trainer.config import OptimizerConfig
+
+
+def join_ranks() -> torch.device:
+    """Join the process group that the launcher describes, or be the only rank; returns this rank's device."""
+    # DeepSpeed builds this op for a minute at its first start; it only speeds up collectives on one machine's CPUs.
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+    if device.type != "cpu":
+        accelerator.set_device(device.index)
+    return device
+
+
+def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, Any]:
+    """The user's DeepSpeed JSON, or the built-in one: ZeRO 0, bfloat16 on a GPU and float32 on a CPU.
+
+    Batch size, optimizer and schedule belong to the training configuration; a file that sets them is refused.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 0}, "bf16": {"enabled": device.type != "cpu"}}
+    if not path.is_file():
+        raise InputError(f"there is no DeepSpeed configuration {path}: correct --deepspeed-config")
+    config = read_json(path, "DeepSpeed configuration")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"):
+        if config.get(key, "auto") != "auto":
+            raise InputError(f"{path} sets {key}, which --batch-size and --optimizer.* decide: remove it there")
+        config.pop(key, None)
+    return config
+
+
+def micro_batch_size(batch_size: int, world_size: int, deepspeed_config: dict[str, Any]) -> int:
+    """Images that a rank handles at a time, from the batch over all ranks and the accumulation in the JSON."""
+    parts = world_size * deepspeed_config.get("gradient_accumulation_steps", 1)
+    if batch_size % parts or batch_size // parts < 2:
+        raise InputError(
+            f"a batch of {batch_size} cannot be split evenly over {parts} parts of two or more images "
+            f"({world_size} ranks times accumulation): set --batch-size to a multiple of {parts}"
+        )
+    return batch_size // parts
+
+
+def make_engine(
+    encoder: nn.Module,
+    config: OptimizerConfig,
+    deepspeed_config: dict[str, Any],
+    *,
+    micro_batch: int,
+    total_steps: int,
+    warmup_steps: int,
+) -> Any:
+    """A DeepSpeed engine that trains `encoder` for `total_steps` optimizer steps."""
+    import deepspeed
+
+    optimizer = _optimizer(encoder, config)
+    engine, *_ = deepspeed.initialize(
+        model=encoder,
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: LambdaLR(wrapped, lambda step: _share(step, config, total_steps, warmup_steps)),
+        config={
+            "train_micro_batch_size_per_gpu": micro_batch,
+            # Ours is a plain PyTorch optimizer by choice, which DeepSpeed otherwise calls untested with ZeRO.
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+            **deepspeed_config,
+        },
+    )
+    return engine
+
+
+def _optimizer(encoder: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    # The schedule below multiplies this rate; it is the one place that decides it.
+    if config.name == "adam":
+        return torch.optim.Adam(encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        encoder.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _share(step: int, config: OptimizerConfig, total_steps: int, warmup_steps: int) -> float:
+    """The learning rate at `step` as a share of the configured one: up in a line, then half a cosine down."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return config.final_share + (1.0 - config.final_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

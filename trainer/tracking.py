@@ -1,0 +1,272 @@
+"""Runs in MLflow, by way of a journal in the run folder, so that tracking can neither slow nor stop training.
+
+Training appends to `journal.jsonl` and goes on. A background thread carries the journal to MLflow; what it could not
+deliver is delivered by `python -m trainer.tracking RUN_FOLDER`. Every point keeps its own time stamp, and MLflow stores
+equal points once, so delivering twice does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline import cli
+from data_pipeline.errors import InputError
+from data_pipeline.files import read_json, write_json
+
+DEFAULT_URI = "sqlite:///mlruns.db"
+
+_POINTS_PER_REQUEST = 1000
+_RETRY_SECONDS = 5.0
+_CLOSE_SECONDS = 30.0
+
+# The client's own retries block a caller for minutes when the server is gone; here the journal does the retrying.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+
+class Tracker(Protocol):
+    """Where a training run reports to."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+class NullTracker:
+    """The tracker of every rank but the first."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def close(self, status: str) -> None:
+        pass
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The store that is meant: the given one, MLFLOW_TRACKING_URI, or an SQLite file in the working folder."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def check_store(uri: str) -> None:
+    """Make sure that the MLflow store answers; raises `InputError` with the remedy, within seconds, if it does not."""
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+                return
+        except (OSError, urllib.error.URLError) as error:
+            raise InputError(
+                f"the MLflow server {uri} does not answer ({getattr(error, 'reason', error)}): start it, correct the "
+                "URI, or train with --tracking.offline to record in the run folder and deliver later"
+            ) from error
+    if parts.scheme == "sqlite":
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.parent.is_dir():
+            raise InputError(f"the MLflow store {uri} cannot be opened: create the folder {path.parent}")
+        try:
+            with sqlite3.connect(path, timeout=5) as connection:
+                connection.execute("PRAGMA schema_version").fetchone()
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+        except sqlite3.Error as error:
+            raise InputError(
+                f"the MLflow store {uri} cannot be used ({error}): check the file and its permissions, or name another"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Link:
+    """Which MLflow run belongs to a run folder (`mlflow.json`)."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    key: str
+    """Made here before the run is, and kept as a tag of it: a run made just before a crash is found again by it."""
+    run_id: str | None = None
+    delivered: int = 0
+    """Lines of the journal that MLflow has."""
+    status: str = "RUNNING"
+
+    @classmethod
+    def open(cls, run_dir: Path, *, uri: str, experiment: str) -> Link:
+        path = run_dir / "mlflow.json"
+        if path.is_file():
+            return cls(**read_json(path, "link to MLflow"))
+        link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex)
+        link.save(run_dir)
+        return link
+
+    def save(self, run_dir: Path) -> None:
+        write_json(run_dir / "mlflow.json", self.__dict__)
+
+    def replaced(self, **changes: Any) -> Link:
+        return Link(**{**self.__dict__, **changes})
+
+
+class JournalTracker:
+    """Journals to the run folder, and delivers to MLflow in the background unless `offline`."""
+
+    def __init__(self, run_dir: Path, *, uri: str, experiment: str, offline: bool = False) -> None:
+        self._run_dir = run_dir
+        # A resumed run comes to steps again that are in the journal already; each counts once.
+        self._logged = {(line["step"], *line["metrics"]) for line in _journal_lines(run_dir)}
+        self._journal = (run_dir / "journal.jsonl").open("a", encoding="utf-8")
+        Link.open(run_dir, uri=uri, experiment=experiment).replaced(status="RUNNING").save(run_dir)
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._thread = None
+        if not offline:
+            self._thread = threading.Thread(target=self._deliver, name="mlflow-delivery", daemon=True)
+            self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if (step, *metrics) in self._logged:
+            return
+        self._logged.add((step, *metrics))
+        line = {"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        self._wake.set()
+
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED, and give delivery half a minute to catch up."""
+        self._journal.close()
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_SECONDS)
+            if self._thread.is_alive():
+                return
+        link = Link.open(self._run_dir, uri="", experiment="").replaced(status=status)
+        link.save(self._run_dir)
+        if self._thread is not None:
+            _try(lambda: deliver(self._run_dir))
+
+    def _deliver(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            if not _try(lambda: deliver(self._run_dir)) and not self._stop.wait(_RETRY_SECONDS):
+                self._wake.set()
+
+
+def deliver(run_dir: Path) -> int:
+    """Bring MLflow up to date with a run folder; returns how many journal lines were new to it.
+
+    Makes the MLflow run if there is none yet, with the configuration as parameters and the split hash as a tag.
+    """
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    link = Link(**read_json(run_dir / "mlflow.json", "link to MLflow"))
+    client = MlflowClient(link.uri)
+    if link.run_id is None:
+        link = link.replaced(run_id=_find_or_create_run(client, link, run_dir))
+        link.save(run_dir)
+    lines = _journal_lines(run_dir)[link.delivered :]
+    points: list[Metric] = []
+    for line in lines:
+        points += [Metric(key, value, line["time"], line["step"]) for key, value in line["metrics"].items()]
+    for start in range(0, len(points), _POINTS_PER_REQUEST):
+        client.log_batch(link.run_id, metrics=points[start : start + _POINTS_PER_REQUEST])
+    link = link.replaced(delivered=link.delivered + len(lines))
+    link.save(run_dir)
+    if link.status != "RUNNING":
+        client.set_terminated(link.run_id, link.status)
+    return len(lines)
+
+
+def discard_journal(run_dir: Path) -> None:
+    """Forget what a run folder recorded; the next tracker begins a new MLflow run."""
+    for name in ("journal.jsonl", "mlflow.json"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _find_or_create_run(client: Any, link: Link, run_dir: Path) -> str:
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment = client.get_experiment_by_name(link.experiment)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(link.experiment)
+    except MlflowException:
+        # Another process may have made it in between.
+        experiment = client.get_experiment_by_name(link.experiment)
+        if experiment is None:
+            raise
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`gradmix.key` = '{link.key}'")
+    if found:
+        return found[0].info.run_id
+    record = read_json(run_dir / "config.json", "configuration")
+    tags = {"gradmix.key": link.key, "mlflow.runName": link.run_name, "split_hash": record.get("split_hash", "")}
+    run = client.create_run(experiment_id, tags=tags, run_name=link.run_name)
+    params = [Param(key, value[:500]) for key, value in _flatten(record.get("config", {})).items()]
+    client.log_batch(run.info.run_id, params=params[:100])
+    client.log_dict(run.info.run_id, record, "config.json")
+    return run.info.run_id
+
+
+def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:
+    path, lines = run_dir / "journal.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break  # A line cut short by a crash is the last one.
+    return lines
+
+
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def _try(action: Any) -> bool:
+    """Whether `action` went through. MLflow raises anything from its own to its HTTP library's and SQL errors."""
+    try:
+        action()
+    except Exception:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """Which run folders to deliver."""
+
+    run_dirs: tuple[Path, ...]
+    """Run folders, such as runs/demo."""
+
+
+def main() -> None:
+    config = cli.parse(
+        SyncConfig,
+        prog="python -m trainer.tracking",
+        description="Deliver to MLflow what run folders have recorded and it does not have yet.",
+    )
+    for run_dir in config.run_dirs:
+        link = Link(**read_json(run_dir / "mlflow.json", "link to MLflow"))
+        check_store(link.uri)
+        print(f"{run_dir}: {deliver(run_dir)} new journal lines delivered to {link.uri}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
