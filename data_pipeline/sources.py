@@ -577,7 +577,7 @@ def _read_row_group(group: _RowGroup) -> Any:
     """The encoded images of one row group, an Arrow array of binary."""
     import pyarrow.parquet as pq
 
-    # Without Arrow's own threads, which a forked worker does not have.
+    # In this thread alone: readers run side by side already, and Arrow's pool does not go with a fork.
     with pq.ParquetFile(group.path) as file:
         table = file.read_row_group(group.number, columns=[group.column], use_threads=False)
     return table.flatten().column(0)

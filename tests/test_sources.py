@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import shutil
 import struct
+import sys
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -103,22 +104,24 @@ def reading_error(source: Source, index: int, kind: type[InputError] = CorruptIm
     return str(caught.value)
 
 
-def read_in_threads(source: Source) -> list[np.ndarray]:
-    """All images, read by 8 threads in an order in which neighbours are far apart."""
-    order = np.random.default_rng(0).permutation(len(source)).tolist()
-    with ThreadPoolExecutor(8) as pool:
-        images = dict(zip(order, pool.map(lambda index: source[index][0], order)))
-    return [images[index] for index in range(len(source))]
-
-
 def check_shared_reading(source: Source, expected: list[np.ndarray]) -> None:
-    for _ in range(3):
-        assert all((image == wanted).all() for image, wanted in zip(read_in_threads(source), expected, strict=True))
+    """Right images for 8 threads, for 4 forked workers and for a pickled copy, reading here and there."""
+    order = np.random.default_rng(0).integers(0, len(source), 40 * len(source)).tolist()
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns far more often than by default, wherever they are
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            images = pool.map(lambda index: source[index][0], order)
+            assert all((image == expected[index]).all() for index, image in zip(order, images, strict=True))
+    finally:
+        sys.setswitchinterval(switch_interval)
+
+    with multiprocessing.get_context("fork").Pool(4, initializer=_adopt, initargs=(source,)) as pool:
+        images = pool.map(_read_adopted, order, chunksize=1)
+    assert all((image == expected[index]).all() for index, image in zip(order, images, strict=True))
+
     copy = pickle.loads(pickle.dumps(source))
     assert all((copy[index][0] == wanted).all() for index, wanted in enumerate(expected))
-    with multiprocessing.get_context("fork").Pool(4, initializer=_adopt, initargs=(source,)) as pool:
-        images = pool.map(_read_adopted, range(len(source)), chunksize=1)
-    assert all((image == wanted).all() for image, wanted in zip(images, expected, strict=True))
 
 
 def _adopt(source: Source) -> None:
@@ -165,6 +168,12 @@ def test_a_root_is_needed(dataset: str) -> None:
 def test_a_root_that_is_not_there(kind: str, tmp_path: Path) -> None:
     message = error(kind=kind, dataset="mnist", subset="train", root=tmp_path / "nowhere")
     assert f"there is no folder {tmp_path / 'nowhere'}; pass --root" in message
+
+
+def test_a_root_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_mnist(tmp_path / "data")
+    assert len(open_source(None, dataset="mnist", subset="train", root=Path("~/data"))) == 6
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,10 +410,14 @@ def test_tinyimagenet_zip_without_top_folder(tiny: Path, tmp_path: Path) -> None
     assert np.abs(source[3][0].astype(int) - tiny_image("val_3.JPEG")).max() <= 4
 
 
-def test_tinyimagenet_zip_read_by_threads_forks_and_copies(tiny: Path) -> None:
-    source = open_source(None, dataset="tinyimagenet", subset="train", root=tiny / "zipped")
-    expected = [source[index][0] for index in range(len(source))]
-    check_shared_reading(source, expected)
+def test_tinyimagenet_zip_read_by_threads_forks_and_copies(tmp_path: Path) -> None:
+    images = random_images((40, 64, 64, 3))
+    with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("tiny-imagenet-200/wnids.txt", WNIDS[0])
+        for number, image in enumerate(images):
+            file.writestr(f"tiny-imagenet-200/train/{WNIDS[0]}/images/{number:02}.png", encode(image))
+    source = open_source(None, dataset="tinyimagenet", subset="train", root=tmp_path)
+    check_shared_reading(source, list(images))
 
 
 class Response(io.BytesIO):
@@ -622,7 +635,7 @@ def by_name(source: Source, root: Path) -> dict[str, int]:
     return {Path(source.describe(index)).relative_to(root).as_posix(): index for index in range(len(source))}
 
 
-@pytest.mark.parametrize("test_folder", ["test", "val"])
+@pytest.mark.parametrize("test_folder", ["test", "val", "valid", "validation"])
 def test_image_folder_with_subsets(tmp_path: Path, test_folder: str) -> None:
     images = random_images((5, 6, 4, 3))
     names = ["train/cat/1.png", "train/dog/deep/er/2.PNG", "train/dog/1.bmp", f"{test_folder}/cat/1.png"]
@@ -680,6 +693,15 @@ def test_image_folder_of_a_named_dataset_beside_others(tmp_path: Path) -> None:
 def one_image(root: Path, name: str, content: bytes, channels: int = 3) -> np.ndarray:
     write(root / "train/a" / name, content)
     return image_folder(root, channels=channels)[0][0]
+
+
+def test_image_folder_takes_what_pillow_reads(tmp_path: Path) -> None:
+    image = encode(random_images((2, 2, 3)), "JPEG")
+    for name in ("a.JPG", "b.mpo", "c.webp", "d.pdf", "e.txt", "f", "g.heic"):
+        write(tmp_path / "train/cat" / name, image)
+    assert by_name(image_folder(tmp_path), tmp_path).keys() == {
+        f"train/cat/{name}" for name in ("a.JPG", "b.mpo", "c.webp")
+    }
 
 
 def test_image_folder_exif_orientation(tmp_path: Path) -> None:
