@@ -90,6 +90,10 @@ def make_engine(
             **deepspeed_config,
         },
     )
+    if engine.zero_optimization_stage() == 0 and next(encoder.parameters()).dtype == torch.float32:
+        # Faster convolutions. Not before `initialize`, which broadcasts weights as contiguous bytes, and not where
+        # DeepSpeed keeps the weights as pieces of one flat buffer.
+        engine.module.to(memory_format=torch.channels_last)
     return engine
 
 
