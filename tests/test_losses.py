@@ -106,7 +106,7 @@ def test_float32_stays_finite_at_the_papers_temperature():
 
 def test_objective_is_equation_8():
     z, labels, gamma = unit(3, 6, 8), torch.tensor([0, 1, 2, 0, 1, 2]), 0.3
-    config = ObjectiveConfig(theta=0.7, lambda_=1.3, temperature=0.1)
+    config = ObjectiveConfig(theta=0.7, lam=1.3, temperature=0.1)
     result = objective(z.flatten(0, 1), labels, gamma, config)
     supcon = naive_supcon(z[:2].flatten(0, 1), labels.repeat(2), 0.1, "negatives")
     simclr, gradmix = naive_simclr(z[0], z[1], 0.1), gamma**2 * naive_simclr(z[1], z[2], 0.1)
@@ -139,14 +139,14 @@ def test_gamma_per_image_weighs_each_image():
 
 def test_without_mixing_and_supervision_it_is_simclr_exactly():
     z, labels = unit(2, 9, 8), torch.arange(9) % 3
-    plain = objective(z.flatten(0, 1), labels, None, ObjectiveConfig(theta=0.0, lambda_=1.0))
+    plain = objective(z.flatten(0, 1), labels, None, ObjectiveConfig(theta=0.0, lam=1.0))
     assert plain.total.item() == simclr_loss(z[0], z[1], TAU).item()
     assert plain.supcon.item() == 0 and plain.gradmix.item() == 0
 
 
 def test_lambda_zero_leaves_supcon_alone():
     z, labels = unit(3, 9, 8), torch.arange(9) % 3
-    result = objective(z.flatten(0, 1), labels, 0.3, ObjectiveConfig(theta=2.0, lambda_=0.0))
+    result = objective(z.flatten(0, 1), labels, 0.3, ObjectiveConfig(theta=2.0, lam=0.0))
     torch.testing.assert_close(result.total, 2 * supcon_loss(z[:2], labels, TAU))
     assert result.simclr.item() == 0 and result.gradmix.item() == 0
 

@@ -53,7 +53,7 @@ class ObjectiveConfig:
 
     theta: float = 1.0
     """θ, weight of the supervised loss; 0 or more."""
-    lambda_: float = 1.2
+    lam: float = 1.2
     """λ, weight of the self-supervised losses; 0 or more, not both 0."""
     temperature: float = 0.05
     """τ, by which cosine similarities are divided; above 0."""
@@ -64,8 +64,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.theta >= 0, "objective.theta", self.theta, "set it to 0 or more")
-        _require(self.lambda_ >= 0, "objective.lambda-", self.lambda_, "set it to 0 or more")
-        _require(self.theta + self.lambda_ > 0, "objective.theta", self.theta, "let θ or λ be above 0")
+        _require(self.lam >= 0, "objective.lam", self.lam, "set it to 0 or more")
+        _require(self.theta + self.lam > 0, "objective.theta", self.theta, "let θ or λ be above 0")
         _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
 
 
@@ -148,25 +148,25 @@ class Phase:
 
     epochs: int
     theta: float
-    lambda_: float
+    lam: float
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "phases", self, "give each phase 1 epoch or more")
         _require(
-            min(self.theta, self.lambda_) >= 0 < self.theta + self.lambda_, "phases", self, "let θ or λ be above 0"
+            min(self.theta, self.lam) >= 0 < self.theta + self.lam, "phases", self, "let θ or λ be above 0"
         )
 
     @classmethod
     def parse(cls, text: str) -> Phase:
         try:
-            epochs, theta, lambda_ = text.split(":")
-            values = int(epochs), float(theta), float(lambda_)
+            epochs, theta, lam = text.split(":")
+            values = int(epochs), float(theta), float(lam)
         except ValueError:
             raise InputError(f"phase {text!r} is not EPOCHS:THETA:LAMBDA; write it like 600:0:1") from None
-        return cls(epochs=values[0], theta=values[1], lambda_=values[2])
+        return cls(epochs=values[0], theta=values[1], lam=values[2])
 
     def __str__(self) -> str:
-        return f"{self.epochs}:{self.theta:g}:{self.lambda_:g}"
+        return f"{self.epochs}:{self.theta:g}:{self.lam:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ class TrainConfig:
         """The phases of this run; one, if none were given."""
         if self.phases:
             return tuple(Phase.parse(text) for text in self.phases)
-        return (Phase(epochs=self.epochs, theta=self.objective.theta, lambda_=self.objective.lambda_),)
+        return (Phase(epochs=self.epochs, theta=self.objective.theta, lam=self.objective.lam),)
 
     @property
     def total_epochs(self) -> int:
@@ -269,7 +269,7 @@ class TrainConfig:
         """The objective of epoch `epoch`, from 0."""
         for phase in self.schedule:
             if epoch < phase.epochs:
-                return dataclasses.replace(self.objective, theta=phase.theta, lambda_=phase.lambda_)
+                return dataclasses.replace(self.objective, theta=phase.theta, lam=phase.lam)
             epoch -= phase.epochs
         raise IndexError("epoch past the end of the schedule")
 
@@ -331,7 +331,7 @@ def _mnist() -> TrainConfig:
     return TrainConfig(
         protocol="mnist",
         epochs=10,
-        objective=ObjectiveConfig(theta=1.0, lambda_=3.0),
+        objective=ObjectiveConfig(theta=1.0, lam=3.0),
         mixing=MixingConfig(kind="none"),
         views=_UPRIGHT,
         ks=(1, 5, 10, 50, 200),

@@ -86,7 +86,7 @@ def objective(
     supcon = simclr = gradmix = zero
     if config.theta > 0:
         supcon = supcon_loss(views[:2], labels, config.temperature, config.denominator)
-    if config.lambda_ > 0:
+    if config.lam > 0:
         simclr = _pair_losses(views[:2], keys[:2], config.temperature).mean()
         if len(views) == 3:
             pairs = [(1, 2)] if config.anchors == "other" else [(1, 2), (0, 2)]
@@ -94,7 +94,7 @@ def objective(
                 _pair_losses(views[list(pair)], keys[list(pair)], config.temperature, share, partner) for pair in pairs
             ]
             gradmix = (gamma**2 * torch.stack(losses).mean(dim=0)).mean()
-    return Objective(config.theta * supcon + config.lambda_ * (simclr + gradmix), supcon, simclr, gradmix)
+    return Objective(config.theta * supcon + config.lam * (simclr + gradmix), supcon, simclr, gradmix)
 
 
 def _gather_views(views: Tensor) -> Tensor:

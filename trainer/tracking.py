@@ -123,6 +123,7 @@ class JournalTracker:
         self._run_dir = run_dir
         # A resumed run comes to steps again that are in the journal already; each counts once.
         self._logged = {(line["step"], *line["metrics"]) for line in _journal_lines(run_dir)}
+        _drop_cut_line(run_dir / "journal.jsonl")
         self._journal = (run_dir / "journal.jsonl").open("a", encoding="utf-8")
         Link.open(run_dir, uri=uri, experiment=experiment).replaced(status="RUNNING").save(run_dir)
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -220,13 +221,16 @@ def _find_or_create_run(client: Any, link: Link, run_dir: Path) -> str:
 
 
 def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:
-    path, lines = run_dir / "journal.jsonl", []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break  # A line cut short by a crash is the last one.
-    return lines
+    path = run_dir / "journal.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # What follows the last line break is being written, or was cut short by a crash.
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def _drop_cut_line(path: Path) -> None:
+    if path.is_file():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -85,7 +85,7 @@ class Trainer:
     def train_step(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """One forward, backward and update; returns the loss parts (4,) in the order of `LOSS_PARTS`, on the device."""
         mixing, settings = self.config.mixing, self.config.objective_at(epoch)
-        mixes = mixing.kind != "none" and settings.lambda_ > 0
+        mixes = mixing.kind != "none" and settings.lam > 0
         layers = mixing.layers if mixes and mixing.uses_peaks else ()
         first, geometry = self.view(batch, epoch, 0)
         second, _ = self.view(batch, epoch, 1)

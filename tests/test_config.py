@@ -1,0 +1,114 @@
+"""Configurations: what they refuse, and that every field has a reader and a line of help."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from data_pipeline.protocols import protocol_names
+from trainer import config as config_module
+from trainer.config import RECIPES, MixingConfig, ObjectiveConfig, TrainConfig, recipe
+from trainer.train import parse_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_defaults_are_the_papers():
+    objective, mixing = ObjectiveConfig(), MixingConfig()
+    assert (objective.theta, objective.lam, objective.temperature) == (1.0, 1.2, 0.05)
+    assert (mixing.gamma_min, mixing.gamma_max, mixing.layers, mixing.attribution) == (0.1, 0.5, ("conv5_2",), "layercam")
+    cifar = recipe("cifar10")
+    assert (cifar.batch_size, cifar.epochs, cifar.optimizer.learning_rate) == (256, 600, 1e-3)
+    assert cifar.optimizer.final_share == pytest.approx(0.512)
+    mnist = recipe("mnist")
+    assert (mnist.mixing.kind, mnist.objective.lam, mnist.views.rotation, mnist.views.flip) == ("none", 3.0, 5.0, 0.0)
+
+
+def test_every_protocol_has_a_recipe():
+    for name in (*protocol_names(), "custom", "cifar10-pseudo3"):
+        assert recipe(name).protocol == name
+    with pytest.raises(InputError, match="unknown protocol 'cifar'; known: digits"):
+        recipe("cifar")
+    assert set(RECIPES) == {*protocol_names(), "custom"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--mixing.gamma-min", "0"], "mixing.gamma-min is 0.0; set it within (0, 1)"),
+        (["--mixing.gamma-max", "1"], "mixing.gamma-max is 1.0; set it within (0, 1)"),
+        (["--mixing.gamma-min", "0.6"], "set it to at most --mixing.gamma-max, which is 0.5"),
+        (["--mixing.num-patches", "0"], "mixing.num-patches is 0"),
+        (["--mixing.layers", "conv5_2", "conv5_2"], "name each layer once"),
+        (["--objective.temperature", "0"], "objective.temperature"),
+        (["--objective.theta", "0", "--objective.lam", "0"], "let θ or λ be above 0"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--batch-size", "1"], "batch-size is 1"),
+        (["--phases", "10:1"], "not EPOCHS:THETA:LAMBDA"),
+        (["--phases", "0:1:1"], "1 epoch or more"),
+        (["--accept", "0"], "accept is 0.0"),
+        (["--views.scale", "0", "1"], "views.scale"),
+        (["--optimizer.learning-rate", "-1"], "optimizer.learning-rate"),
+        (["--encoder.width", "0"], "encoder.width"),
+        (["--protocol", "imagenet"], "unknown protocol 'imagenet'; known: digits, mnist"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_the_remedy(args, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_config(args)
+
+
+def test_the_command_line_replaces_the_recipes_values():
+    config = parse_config(["--protocol", "mnist", "--epochs", "3", "--mixing.layers", "conv3_2", "conv4_2", "--local_rank=0"])
+    expected = recipe("mnist")
+    assert config == dataclasses.replace(
+        expected, epochs=3, mixing=dataclasses.replace(expected.mixing, layers=("conv3_2", "conv4_2"))
+    )
+
+
+def test_phases_replace_epochs_and_weights():
+    config = TrainConfig(phases=("600:0:1", "10:1:1.2"))
+    assert config.total_epochs == 610
+    assert (config.objective_at(599).theta, config.objective_at(599).lam) == (0.0, 1.0)
+    assert (config.objective_at(600).theta, config.objective_at(600).lam) == (1.0, 1.2)
+    assert config.objective_at(0).temperature == config.objective.temperature
+    with pytest.raises(IndexError):
+        config.objective_at(610)
+    single = TrainConfig(epochs=5)
+    assert single.total_epochs == 5 and single.objective_at(4) == single.objective
+
+
+def test_the_hash_follows_what_is_computed_and_nothing_else():
+    base = TrainConfig()
+    for change in ({"seed": 1}, {"epochs": 3}, {"mixing": MixingConfig(num_patches=2)}, {"batch_size": 8}):
+        assert dataclasses.replace(base, **change).hash != base.hash, change
+    for change in ({"run_dir": Path("x")}, {"k": 3}, {"log_every": 1}, {"workers": 2}):
+        assert dataclasses.replace(base, **change).hash == base.hash, change
+
+
+def test_every_field_has_help_and_a_reader():
+    """A knob without an explanation, or one that nothing reads, is a lie to whoever sets it."""
+    own = Path(config_module.__file__).read_text() + (ROOT / "data_pipeline/views.py").read_text()
+    code = "\n".join(path.read_text() for folder in ("trainer", "data_pipeline") for path in (ROOT / folder).rglob("*.py"))
+    classes = [c for name, c in vars(config_module).items() if name.endswith("Config") and dataclasses.is_dataclass(c)]
+    assert len(classes) >= 7
+    for owner in classes:
+        for item in dataclasses.fields(owner):
+            if not dataclasses.is_dataclass(item.type) and "Config" not in str(item.type):
+                assert re.search(rf'    {item.name}: [^\n]+\n    """', own), f"{owner.__name__}.{item.name} has no help"
+            assert re.search(rf"\.{item.name}\b", code), f"nothing reads {owner.__name__}.{item.name}"
+
+
+def test_light_modules_import_torch_and_numpy_only():
+    modules = ["trainer.gradmix", "trainer.losses", "trainer.attribution", "trainer.metrics", "trainer.open_set"]
+    modules += ["trainer.mixing", "data_pipeline.views"]
+    heavy = ("ffcv", "deepspeed", "ray", "mlflow", "tyro", "rich", "torchvision", "sklearn", "pyarrow", "PIL")
+    program = f"import sys, {', '.join(modules)}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

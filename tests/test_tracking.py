@@ -1,0 +1,114 @@
+"""The journal and its delivery: every point once, whatever happens to the store or to the process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_json
+from trainer import tracking
+from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
+
+
+@pytest.fixture
+def uri(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)  # artifacts of an SQLite store go to the working folder
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_json(folder / "config.json", {"config": {"seed": 3, "mixing": {"kind": "gradmix"}}, "split_hash": "abc"})
+    return folder
+
+
+def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
+def test_points_parameters_and_tags_arrive(uri, run_dir):
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e")
+    for step in range(5):
+        tracker.log({"loss": step / 2, "rate": 1.0}, step)
+    tracker.close("FINISHED")
+    link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
+    run = MlflowClient(uri).get_run(link.run_id)
+    assert points(uri, link.run_id, "loss") == [(step, step / 2) for step in range(5)]
+    assert run.data.params == {"seed": "3", "mixing.kind": "gradmix"}
+    assert run.data.tags["split_hash"] == "abc" and run.info.status == "FINISHED" and run.info.run_name == "run"
+
+
+def test_delivering_twice_and_from_the_beginning_changes_nothing(uri, run_dir):
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+    for step in range(3):
+        tracker.log({"loss": float(step)}, step)
+    tracker.close("FINISHED")
+    assert deliver(run_dir) == 3 and deliver(run_dir) == 0
+    link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
+    # As after a crash between the delivery and the note of it, and even before the run's id was noted.
+    link.replaced(delivered=0, run_id=None).save(run_dir)
+    assert deliver(run_dir) == 3
+    assert Link(**json.loads((run_dir / "mlflow.json").read_text())).run_id == link.run_id
+    assert points(uri, link.run_id, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_resumed_run_repeats_no_point(uri, run_dir):
+    first = JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+    first.log({"loss": 1.0}, 1)
+    first.log({"loss": 2.0}, 2)
+    first.close("KILLED")
+    with (run_dir / "journal.jsonl").open("a") as file:
+        file.write('{"step": 3, "met')  # cut short by a kill
+    second = JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+    for step in (2, 3, 4):
+        second.log({"loss": float(step)}, step)
+    second.close("FINISHED")
+    deliver(run_dir)
+    link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
+    assert points(uri, link.run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert len(MlflowClient(uri).search_runs(["1"])) == 1
+
+
+def test_a_store_that_is_gone_costs_training_nothing_and_loses_nothing(uri, run_dir, monkeypatch):
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.05)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    tracker = JournalTracker(run_dir, uri=dead, experiment="e")
+    started = time.perf_counter()
+    for step in range(20):
+        tracker.log({"loss": float(step)}, step)
+    assert time.perf_counter() - started < 1.0
+    tracker.close("FINISHED")
+    Link(**json.loads((run_dir / "mlflow.json").read_text())).replaced(uri=uri).save(run_dir)  # it is back
+    assert deliver(run_dir) == 20
+    link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
+    assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(20)]
+    assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
+
+
+def test_stores_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(InputError, match="does not answer"):
+        check_store(dead)
+    with pytest.raises(InputError, match="create the folder"):
+        check_store("sqlite:////nowhere/at/all.db")
+    (tmp_path / "store.db").write_text("this is no database, though it is long enough to be looked at as one" * 20)
+    with pytest.raises(InputError, match="cannot be used"):
+        check_store(f"sqlite:///{tmp_path}/store.db")
+
+
+def test_the_store_is_the_given_one_then_the_environments_then_sqlite(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(None) == "sqlite:///mlruns.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert resolve_uri(None) == "http://server:5000" and resolve_uri("sqlite:///x.db") == "sqlite:///x.db"
