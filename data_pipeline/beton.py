@@ -80,6 +80,8 @@ class Manifest:
     quality: int
     class_names: tuple[str, ...]
     count: int
+    class_counts: tuple[int, ...]
+    """Images of each known class, in the order of `class_names`."""
     skipped: tuple[str, ...] = ()
     bytes: int = 0
     sha256: str = ""
@@ -88,7 +90,7 @@ class Manifest:
         """Whether both describe the same images stored in the same way, whatever came of it."""
 
         def request(manifest: Manifest) -> dict[str, Any]:
-            outcome = ("count", "skipped", "bytes", "sha256")
+            outcome = ("count", "class_counts", "skipped", "bytes", "sha256")
             return {name: value for name, value in asdict(manifest).items() if name not in outcome}
 
         return request(self) == request(other)
@@ -110,8 +112,8 @@ def read_manifest(beton: Path) -> Manifest:
         raise InputError(f"{beton} has no manifest {path.name}: it is unfinished or foreign; build it again")
     record = read_json(path, "manifest")
     try:
-        record = {**record, "class_names": tuple(record["class_names"]), "skipped": tuple(record["skipped"])}
-        manifest = Manifest(**record)
+        lists = ("class_names", "class_counts", "skipped")
+        manifest = Manifest(**{**record, **{name: tuple(record[name]) for name in lists}})
     except (TypeError, KeyError) as error:
         raise InputError(f"{path} is not a manifest of this project: build the file again") from error
     if manifest.format != _FORMAT:
@@ -202,6 +204,7 @@ def write_partition(
         quality=encoding.quality,
         class_names=tuple(class_names),
         count=len(indices),
+        class_counts=_class_counts(labels, class_names),
     )
     if _is_built(beton, wanted):
         return read_manifest(beton), False
@@ -220,6 +223,7 @@ def write_partition(
             **{
                 **wanted.__dict__,
                 "count": len(indices),
+                "class_counts": _class_counts(labels, class_names),
                 "skipped": skipped,
                 "bytes": partial.stat().st_size,
                 "sha256": _sha256(partial),
@@ -236,6 +240,10 @@ def _is_built(beton: Path, wanted: Manifest) -> bool:
         return read_manifest(beton).same_request(wanted) and beton.stat().st_size == read_manifest(beton).bytes
     except (InputError, OSError):
         return False
+
+
+def _class_counts(labels: np.ndarray, class_names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(np.bincount(labels[labels >= 0], minlength=len(class_names)).tolist())
 
 
 def _is_readable(source: Source, index: int) -> bool:

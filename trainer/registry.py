@@ -139,6 +139,7 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
             loader_module="trainer.registry",
             data_path=str(run_dir / "model"),
             signature=signature,
+            input_example=np.zeros((1, card.image_size, card.image_size, card.channels), np.uint8),
             registered_model_name=model_name,
             pip_requirements=["gradmix-osr"],
             metadata={"split_hash": card.split_hash, "protocol": card.protocol["name"]},

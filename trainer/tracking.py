@@ -34,6 +34,8 @@ _CLOSE_SECONDS = 30.0
 # The client's own retries block a caller for minutes when the server is gone; here the journal does the retrying.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+# What goes right in MLflow is no news to whoever watches a training run.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 
 class Tracker(Protocol):

@@ -293,14 +293,17 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, folder: Path, sec
 def train(config: TrainConfig, console: Console | None) -> None:
     """The whole run, on every rank; the first one keeps the records."""
     protocol, folder = find_data(config)
+    smallest = min(read_manifest(folder / "train.beton").class_counts)
+    if config.k > smallest:
+        raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
     uri = resolve_uri(config.tracking.uri)
     device = join_ranks()
+    if rank() == 0 and not config.tracking.offline:
+        check_store(uri)
     run = open_run(config, protocol, console) if rank() == 0 else NullRunFolder(config.folder)
     if run.metrics() is not None:
         run.log(f"{run.path} holds this run, finished: add --restart to train again, or see its metrics.json")
         return
-    if rank() == 0 and not config.tracking.offline:
-        check_store(uri)
     trainer = Trainer(config, protocol, folder, device)
     run.log(
         f"{protocol.name}, split {protocol.split}: {trainer.loader.manifest.count:,} training images of "
