@@ -192,7 +192,7 @@ def test_truncated_damaged_and_foreign_files_are_refused(digits, tmp_path):
 def test_files_of_another_protocol_are_refused(digits):
     with pytest.raises(InputError, match="holds protocol digits, split 0, not digits, split 1"):
         find_folder(digits, Protocol("digits", 1))
-    with pytest.raises(InputError, match="run python -m data_pipeline.build --protocol mnist --split 2"):
+    with pytest.raises(InputError, match=r"run python -m data_pipeline.build --protocol mnist --split 2"):
         find_folder(digits.parent, Protocol("mnist", 2))
 
 

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 def test_the_defaults_are_the_papers():
     objective, mixing = ObjectiveConfig(), MixingConfig()
     assert (objective.theta, objective.lam, objective.temperature) == (1.0, 1.2, 0.05)
-    assert (mixing.gamma_min, mixing.gamma_max, mixing.layers, mixing.attribution) == (0.1, 0.5, ("conv5_2",), "layercam")
+    assert (mixing.gamma_min, mixing.gamma_max, mixing.layers, mixing.attribution) == (
+        0.1,
+        0.5,
+        ("conv5_2",),
+        "layercam",
+    )
     cifar = recipe("cifar10")
     assert (cifar.batch_size, cifar.epochs, cifar.optimizer.learning_rate) == (256, 600, 1e-3)
     assert cifar.optimizer.final_share == pytest.approx(0.512)
@@ -65,7 +70,9 @@ def test_what_is_out_of_range_is_refused_with_the_remedy(args, message):
 
 
 def test_the_command_line_replaces_the_recipes_values():
-    config = parse_config(["--protocol", "mnist", "--epochs", "3", "--mixing.layers", "conv3_2", "conv4_2", "--local_rank=0"])
+    config = parse_config(
+        ["--protocol", "mnist", "--epochs", "3", "--mixing.layers", "conv3_2", "conv4_2", "--local_rank=0"]
+    )
     expected = recipe("mnist")
     assert config == dataclasses.replace(
         expected, epochs=3, mixing=dataclasses.replace(expected.mixing, layers=("conv3_2", "conv4_2"))
@@ -95,7 +102,9 @@ def test_the_hash_follows_what_is_computed_and_nothing_else():
 def test_every_field_has_help_and_a_reader():
     """A knob without an explanation, or one that nothing reads, is a lie to whoever sets it."""
     own = Path(config_module.__file__).read_text() + (ROOT / "data_pipeline/views.py").read_text()
-    code = "\n".join(path.read_text() for folder in ("trainer", "data_pipeline") for path in (ROOT / folder).rglob("*.py"))
+    code = "\n".join(
+        path.read_text() for folder in ("trainer", "data_pipeline") for path in (ROOT / folder).rglob("*.py")
+    )
     classes = [c for name, c in vars(config_module).items() if name.endswith("Config") and dataclasses.is_dataclass(c)]
     assert len(classes) >= 7
     for owner in classes:

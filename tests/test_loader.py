@@ -80,7 +80,10 @@ def test_abandoned_epochs_leave_no_thread(digits):
 
 
 def test_an_abandoned_epoch_does_not_disturb_the_next(digits):
-    loader, everything = StreamLoader(digits / "train.beton", 32, device=CPU), load_all(digits / "train.beton", device=CPU)
+    loader, everything = (
+        StreamLoader(digits / "train.beton", 32, device=CPU),
+        load_all(digits / "train.beton", device=CPU),
+    )
     for number in range(5):
         batches = loader.epoch(number)
         kept = [next(batches), next(batches)]

@@ -80,7 +80,9 @@ def test_closed_set_protocols_have_no_unknown():
 def test_partitions_are_disjoint_and_complete():
     protocol = Protocol("cifar10", 0)
     train, test = labels_of(10, 100), labels_of(10, 20, seed=1)
-    picked = {name: part.select(train if part.subset == "train" else test) for name, part in protocol.partitions.items()}
+    picked = {
+        name: part.select(train if part.subset == "train" else test) for name, part in protocol.partitions.items()
+    }
     training = [*picked["train"][0], *picked["calibration"][0]]
     assert len(training) == len(set(training)) == 600
     assert len(picked["calibration"][0]) == round(600 * DATASETS["cifar10"].calibration_share)

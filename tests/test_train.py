@@ -58,7 +58,9 @@ def test_a_run_leaves_a_model_that_says_unknown(config, tmp_path):
     train(config, QUIET)
     run = config.folder
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics["auroc"]) == set(metrics["oscr"]) == set(metrics["closed_set_accuracy"]) == {"1", "5", "10", "50"}
+    assert (
+        set(metrics["auroc"]) == set(metrics["oscr"]) == set(metrics["closed_set_accuracy"]) == {"1", "5", "10", "50"}
+    )
     assert metrics["train_seconds"] > 0 and metrics["peak_rss_bytes"] > 10**8
     assert 0.8 <= metrics["known_accepted"] <= 1 and metrics["auroc"]["10"] > 0.6
     record = json.loads((run / "config.json").read_text())
@@ -152,7 +154,9 @@ def test_peaks_are_by_products_of_the_step(config):
     assert trainer.peaks.places.isnan().all()
     trainer.train_step(batch, 0, 0)
     known = ~trainer.peaks.places.isnan().flatten(1).any(dim=1)
-    assert set(known.nonzero().flatten().tolist()) <= set(batch.indices.tolist()) and known.sum() > len(batch.labels) / 2
+    assert (
+        set(known.nonzero().flatten().tolist()) <= set(batch.indices.tolist()) and known.sum() > len(batch.labels) / 2
+    )
     assert ((trainer.peaks.places[known] >= 0) & (trainer.peaks.places[known] <= 1)).all()
 
 
@@ -165,7 +169,9 @@ def test_the_step_makes_one_forward_pass_of_all_views(config):
     ):
         trainer = new_trainer(dataclasses.replace(config, mixing=mixing))
         sizes: list[int] = []
-        trainer.engine.module.stem.register_forward_pre_hook(lambda module, args, sizes=sizes: sizes.append(len(args[0])))
+        trainer.engine.module.stem.register_forward_pre_hook(
+            lambda module, args, sizes=sizes: sizes.append(len(args[0]))
+        )
         trainer.train_step(next(iter(trainer.loader.epoch(0))), 0, 0)
         assert sizes == expected, mixing
 
@@ -248,7 +254,10 @@ def test_weights_of_another_network_are_refused(config, tmp_path):
         ({"split": 3}, "holds protocol digits, split 0, not digits, split 3"),
         ({"deepspeed_config": Path("/no/ds.json")}, "there is no DeepSpeed configuration /no/ds.json"),
         ({"init_from": Path("/no/encoder.safetensors")}, "not readable as encoder weights"),
-        ({"tracking": TrackingConfig(uri="http://127.0.0.1:9")}, "the MLflow server http://127.0.0.1:9 does not answer"),
+        (
+            {"tracking": TrackingConfig(uri="http://127.0.0.1:9")},
+            "the MLflow server http://127.0.0.1:9 does not answer",
+        ),
         ({"run_dir": Path("/proc/run")}, "run folder /proc/run cannot be made"),
         ({"k": 500}, "k is 500, but a class has only"),
     ],

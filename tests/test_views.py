@@ -127,7 +127,7 @@ def test_probabilities_and_ranges_are_as_configured():
 @pytest.mark.parametrize("config", [ViewConfig(), ViewConfig(rotation=40), ViewConfig(rotation=25, flip=1.0)])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
 def test_geometry_says_where_a_source_pixel_went(config, height, width):
-    """A bright blob planted in the source is found in the view where `to_view` says, and brought back by `to_source`."""
+    """A bright blob in the source is found in the view where `to_view` says, and brought back by `to_source`."""
     n, size = 200, 64
     generator = torch.Generator().manual_seed(3)
     place = 0.2 + 0.6 * torch.rand((n, 1, 2), generator=generator)

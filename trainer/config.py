@@ -152,9 +152,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "phases", self, "give each phase 1 epoch or more")
-        _require(
-            min(self.theta, self.lam) >= 0 < self.theta + self.lam, "phases", self, "let θ or λ be above 0"
-        )
+        _require(min(self.theta, self.lam) >= 0 < self.theta + self.lam, "phases", self, "let θ or λ be above 0")
 
     @classmethod
     def parse(cls, text: str) -> Phase:

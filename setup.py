@@ -1,0 +1,33 @@
+"""Installs the packages of this project. The versions it is tested with stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gradmix-osr",
+    version="0.1.0",
+    description="Distributed training of open set recognition with GradMix",
+    python_requires=">=3.11",
+    packages=find_packages(include=["data_pipeline*", "trainer*", "tuning*", "cluster*"]),
+    package_data={"data_pipeline": ["*.json"]},
+    install_requires=[
+        "torch",
+        "torchvision",  # data sets and residual blocks
+        "triton; platform_system == 'Linux'",  # fused kernels on CUDA
+        "deepspeed",  # the training engine and the multi-node launcher
+        "ninja",  # DeepSpeed builds its operators with it
+        "ffcv",  # the data format; compiles against OpenCV and libturbojpeg
+        # The dashboard of "default" is how Tune frees the resources of trials that are stopped early.
+        "ray[tune,default]",
+        "mlflow",  # runs and the model registry
+        "numpy",
+        "pandas",  # the answer of a served model
+        "scikit-learn",  # the bundled digits
+        "pyarrow",  # Parquet data sets
+        "pillow",  # image decoding
+        "safetensors",  # weights without pickle
+        "tyro",  # typed command lines over dataclasses
+        "rich",  # progress bars and tables
+        "psutil",  # free memory
+    ],
+    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"]},
+)
