@@ -30,8 +30,14 @@ $(SETUP): setup.py constraints.txt cluster/install_system_libraries.sh
 
 demo: setup ## the main job on scikit-learn's digits, from images to a model that says "unknown"
 	python -m data_pipeline.build --protocol digits --split 0 --out data
-	deepspeed --num_accelerators 1 --module trainer.train --protocol digits --split 0 --data data --run-dir runs/demo
+	python -m trainer.train --protocol digits --split 0 --data data --run-dir runs/demo
 	python -m trainer.evaluate --model models:/gradmix-digits@champion --task osr --data data --examples 8
+	@echo
+	@echo "Where to look next:"
+	@echo "  runs/demo                                              configuration, metrics, log, model, checkpoints"
+	@echo "  mlflow ui --backend-store-uri sqlite:///mlruns.db      the run, its curves and the registered model"
+	@echo "  python -m trainer.train --help                         every knob"
+	@echo "  README.md                                              CIFAR-10, your own images, clusters"
 
 test: setup ## the tests
 	OMP_NUM_THREADS=1 python -m pytest -n 2

@@ -98,7 +98,9 @@ class Manifest:
 
 def folder_name(protocol: Protocol, encoding: Encoding) -> str:
     """Where a protocol's files go below the data folder; the encoding is in the name since it can change results."""
-    return f"{protocol.name}-{protocol.split}-{encoding.image_size}px-{encoding.name}"
+    limit = protocol.classes.train_images
+    subset = "" if limit is None else f"-{limit}images"
+    return f"{protocol.name}-{protocol.split}-{encoding.image_size}px-{encoding.name}{subset}"
 
 
 def manifest_path(beton: Path) -> Path:
@@ -137,36 +139,71 @@ def verify(beton: Path) -> Manifest:
     return manifest
 
 
-def find_folder(data: Path, protocol: Protocol) -> Path:
-    """The one folder at or below `data` that holds the files of `protocol`.
+def find_build(data: Path, name: str, split: int) -> tuple[Protocol, Path]:
+    """The protocol of that name and split as it was built at or below `data`, and the folder of its files.
 
     Raises:
-        InputError: none does, the files there belong to another protocol or split, or several encodings fit.
+        InputError: there is no such build, or there are several.
     """
+    builds = _builds(data)
+    matching = [
+        folder
+        for folder, manifest in builds.items()
+        if (manifest.protocol["name"], manifest.protocol["split"]) == (name, split)
+    ]
+    folder = _only(matching, f"protocol {name}, split {split}")
+    if folder is None and data in builds:
+        other = builds[data].protocol
+        raise InputError(
+            f"{data} holds protocol {other['name']}, split {other['split']}, not {name}, split {split}: "
+            "give the folder of the protocol you mean"
+        )
+    if folder is None:
+        raise InputError(
+            f"no files of protocol {name}, split {split} in {data}: "
+            f"run python -m data_pipeline.build --protocol {name} --split {split} --out {data}"
+        )
+    return Protocol.from_dict(builds[folder].protocol), folder
+
+
+def find_folder(data: Path, protocol: Protocol) -> Path:
+    """The folder at or below `data` whose files are of the very split `protocol`, whatever their encoding.
+
+    Raises:
+        InputError: there is no such folder, or there are several.
+    """
+    matching = [folder for folder, manifest in _builds(data).items() if manifest.split_hash == protocol.split_hash]
+    folder = _only(matching, f"the model's split {protocol.split_hash}")
+    if folder is None:
+        raise InputError(
+            f"no files in {data} are of the split the model was trained on "
+            f"({protocol.name}, split {protocol.split}, hash {protocol.split_hash}): build them, or correct --data"
+        )
+    return folder
+
+
+def _builds(data: Path) -> dict[Path, Manifest]:
+    """The manifest of the training images of every build at or below `data`."""
     candidates = [data] if (data / "train.beton.json").is_file() else sorted(data.glob("*/"))
-    found = {
-        folder: read_manifest(folder / "train.beton")
-        for folder in candidates
-        if (folder / "train.beton.json").is_file()
-    }
-    matching = [folder for folder, manifest in found.items() if manifest.split_hash == protocol.split_hash]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
+    builds = {}
+    for folder in candidates:
+        if not (folder / "train.beton.json").is_file():
+            continue
+        manifest = read_manifest(folder / "train.beton")
+        if Protocol.from_dict(manifest.protocol).split_hash != manifest.split_hash:
+            raise InputError(
+                f"{folder} was built by a version that split images differently: delete it and build again"
+            )
+        builds[folder] = manifest
+    return builds
+
+
+def _only(folders: Sequence[Path], what: str) -> Path | None:
+    if len(folders) > 1:
         raise InputError(
-            f"{len(matching)} folders fit protocol {protocol.name}, split {protocol.split}: "
-            f"choose with --data {' or --data '.join(map(str, matching))}"
+            f"{len(folders)} folders hold {what}: choose with --data {' or --data '.join(map(str, folders))}"
         )
-    if data in found:
-        other = found[data].protocol
-        raise InputError(
-            f"{data} holds protocol {other['name']}, split {other['split']}, "
-            f"not {protocol.name}, split {protocol.split}: give the folder of the protocol you train"
-        )
-    raise InputError(
-        f"no files of protocol {protocol.name}, split {protocol.split} in {data}: "
-        f"run python -m data_pipeline.build --protocol {protocol.name} --split {protocol.split} --out {data}"
-    )
+    return folders[0] if folders else None
 
 
 def write_partition(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class BuildConfig:
     """raw keeps every pixel, jpg compresses, smart compresses only images above 12 kB."""
     quality: int = 90
     """JPEG quality, 1 to 100; raw ignores it."""
+    train_images: int | None = None
+    """Use only so many training images, evenly over the classes: for trying things out. Default: all."""
     skip_corrupt: bool = False
     """Leave unreadable images out and count them, instead of stopping at the first."""
 
@@ -102,6 +105,9 @@ def _open(config: BuildConfig) -> tuple[Protocol, dict[tuple[str, str], tuple[st
         protocol = custom_protocol(config.known, opened[1].class_names)
     else:
         protocol = Protocol(config.protocol, config.split)
+    if config.train_images is not None:
+        classes = dataclasses.replace(protocol.classes, train_images=config.train_images)
+        protocol = dataclasses.replace(protocol, classes=classes)
     if config.pseudo_open is not None:
         protocol = protocol.pseudo_open(config.pseudo_open)
 

@@ -7,6 +7,7 @@ they were measured on the same split.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -75,12 +76,18 @@ class ClassSplit:
     unknown: tuple[ClassId, ...] = ()
     unknown_dataset: str = ""
     pool: Literal["official", "train"] = "official"
+    train_images: int | None = None
+    """Use only so many training images, the same number of each class; None: all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unknown_dataset", self.unknown_dataset or self.dataset)
         if len(self.known) < 2:
             raise InputError(
                 f"{len(self.known)} known class given; open set recognition needs at least two: name more known classes"
+            )
+        if self.train_images is not None and self.train_images < 2 * len(self.known):
+            raise InputError(
+                f"{self.train_images} training images for {len(self.known)} classes; use at least two for each class"
             )
         for kind, classes in (("known", self.known), ("unknown", self.unknown)):
             if len(set(classes)) != len(classes):
@@ -104,6 +111,8 @@ class Partition:
     classes: tuple[ClassId, ...]
     known: bool
     share: tuple[float, float] = (0.0, 1.0)
+    per_class: int | None = None
+    """At most so many images of each class; None: all."""
 
     def select(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
         """The partition's images in `source`: (indices (n,), labels (n,)), both int64, indices ascending.
@@ -124,8 +133,9 @@ class Partition:
                 )
             members = np.random.default_rng([0, label]).permutation(members)
             low, high = (round(bound * len(members)) for bound in self.share)
-            indices.append(members[low:high])
-            labels.append(np.full(high - low, place if self.known else -1))
+            chosen = members[low:high][: self.per_class]
+            indices.append(chosen)
+            labels.append(np.full(len(chosen), place if self.known else -1))
         if not indices:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         order = np.argsort(np.concatenate(indices))
@@ -170,7 +180,10 @@ class Protocol:
     @property
     def train(self) -> Partition:
         """Images the encoder learns from, and later the gallery that test images are compared with."""
-        return self._known("train", (0.0, self._bounds[0]))
+        limit = self.classes.train_images
+        return dataclasses.replace(
+            self._known("train", (0.0, self._bounds[0])), per_class=limit and limit // len(self.known)
+        )
 
     @property
     def calibration(self) -> Partition:
@@ -223,6 +236,7 @@ class Protocol:
                 known=tuple(c for i, c in enumerate(self.known) if i not in pseudo_unknown),
                 unknown=tuple(c for i, c in enumerate(self.known) if i in pseudo_unknown),
                 pool="train",
+                train_images=self.classes.train_images,
             ),
         )
 

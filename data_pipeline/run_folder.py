@@ -63,6 +63,15 @@ class RunFolder:
         """One line for the person watching and, with the time, for `log.txt`."""
         if self.console is not None:
             self.console.print(text, markup=False, highlight=False)
+        self._write(text)
+
+    def log_progress(self, text: str) -> None:
+        """A line that a person watching a progress bar does not need: for `log.txt`, and for a console without one."""
+        if self.console is not None and not self.console.is_terminal:
+            self.console.print(text, markup=False, highlight=False)
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -78,6 +87,9 @@ class NullRunFolder:
         return _read(self.path / "metrics.json")
 
     def log(self, text: str) -> None:
+        pass
+
+    def log_progress(self, text: str) -> None:
         pass
 
 

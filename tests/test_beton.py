@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline import beton, cli
-from data_pipeline.beton import Encoding, find_folder, read_manifest, verify
+from data_pipeline.beton import Encoding, find_build, find_folder, read_manifest, verify
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.files import replacing
@@ -87,7 +87,7 @@ def test_compression_is_in_the_name_and_close_to_the_pixels(mode, tmp_path):
     packed = load_all(folder / "train.beton", device=CPU).images.float()
     # Images of 768 bytes stay raw in smart mode.
     assert (raw - packed).abs().mean() < (3 if mode == "jpg" else 1e-9)
-    with pytest.raises(InputError, match="2 folders fit"):
+    with pytest.raises(InputError, match="2 folders hold"):
         find_folder(tmp_path, Protocol("digits", 0))
     assert find_folder(folder, Protocol("digits", 0)) == folder
 
@@ -191,9 +191,27 @@ def test_truncated_damaged_and_foreign_files_are_refused(digits, tmp_path):
 
 def test_files_of_another_protocol_are_refused(digits):
     with pytest.raises(InputError, match="holds protocol digits, split 0, not digits, split 1"):
-        find_folder(digits, Protocol("digits", 1))
+        find_build(digits, "digits", 1)
     with pytest.raises(InputError, match=r"run python -m data_pipeline.build --protocol mnist --split 2"):
-        find_folder(digits.parent, Protocol("mnist", 2))
+        find_build(digits.parent, "mnist", 2)
+    with pytest.raises(InputError, match="of the split the model was trained on"):
+        find_folder(digits.parent, Protocol("digits", 1))
+    assert find_build(digits.parent, "digits", 0) == (Protocol("digits", 0), digits)
+
+
+def test_a_subset_and_a_pseudo_open_split_are_builds_of_their_own(tmp_path):
+    whole = build(BuildConfig(protocol="digits", out=tmp_path), QUIET)
+    subset = build(BuildConfig(protocol="digits", out=tmp_path, train_images=60), QUIET)
+    assert subset.name == "digits-0-16px-raw-60images"
+    assert read_manifest(subset / "train.beton").class_counts == (10,) * 6
+    assert read_manifest(subset / "test_known.beton").count == read_manifest(whole / "test_known.beton").count
+    protocol, folder = find_build(subset, "digits", 0)
+    assert folder == subset and protocol.split_hash != Protocol("digits", 0).split_hash
+    with pytest.raises(InputError, match="2 folders hold protocol digits, split 0: choose with --data"):
+        find_build(tmp_path, "digits", 0)
+    build(BuildConfig(protocol="digits", out=tmp_path, pseudo_open=3), QUIET)
+    protocol, _ = find_build(tmp_path, "digits-pseudo3", 0)
+    assert protocol == Protocol("digits", 0).pseudo_open(3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ them through `_load_pyfunc` below, so nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -133,7 +135,8 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, card.channels), "images")]),
         outputs=Schema([ColSpec("string", "label"), ColSpec("string", "class"), ColSpec("double", "score")]),
     )
-    with mlflow.start_run(run_id=link.run_id):
+    # MLflow congratulates on standard error.
+    with mlflow.start_run(run_id=link.run_id), contextlib.redirect_stderr(io.StringIO()):
         info = mlflow.pyfunc.log_model(
             name="model",
             loader_module="trainer.registry",

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline import cli
-from data_pipeline.beton import find_folder, read_manifest
+from data_pipeline.beton import find_build, read_manifest
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Loader, open_loader
 from data_pipeline.protocols import Protocol
@@ -198,18 +198,20 @@ def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Trac
                 if (step + 1) % config.log_every == 0 or step + 1 == len(loader):
                     parts = losses.read(epoch, step)
                     rate = (step + 1) * config.batch_size / (time.perf_counter() - started)
-                    shown = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
                     bar.update(
                         task,
                         completed=epoch * len(loader) + step + 1,
                         description=f"epoch {epoch + 1}/{config.total_epochs}",
-                        losses=f"{shown}  {rate:,.0f} images/s",
+                        losses=f"{loss_line(parts)}  {rate:,.0f} images/s",
                     )
             took = time.perf_counter() - started
             seconds += took
             images = len(loader) * loader.batch_size * world_size()
             record = {**parts, "images_per_second": images / took, "learning_rate": trainer.engine.get_lr()[0]}
             tracker.log({f"train/{name}": value for name, value in record.items()}, epoch + 1)
+            run.log_progress(
+                f"epoch {epoch + 1}/{config.total_epochs}  {loss_line(parts)}  {images / took:,.0f} images/s"
+            )
             if due(epoch, config.checkpoint_every, config.total_epochs):
                 progress = checkpoint.Progress(epochs_done=epoch + 1, train_seconds=seconds, identity=config.identity)
                 checkpoint.save(run.path, trainer.engine, trainer.peaks, progress, keep=config.keep_checkpoints)
@@ -226,6 +228,10 @@ def resume(trainer: Trainer, run: RunFolder | NullRunFolder) -> tuple[int, float
     progress = checkpoint.load(newest, trainer.engine, trainer.peaks, trainer.config.identity)
     run.log(f"going on from {newest}: {progress.epochs_done} of {trainer.config.total_epochs} epochs are done")
     return progress.epochs_done, progress.train_seconds
+
+
+def loss_line(parts: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
 
 
 def due(epoch: int, every: int, total: int) -> bool:
@@ -292,7 +298,7 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, folder: Path, sec
 
 def train(config: TrainConfig, console: Console | None) -> None:
     """The whole run, on every rank; the first one keeps the records."""
-    protocol, folder = find_data(config)
+    protocol, folder = find_build(config.data, config.protocol, config.split)
     smallest = min(read_manifest(folder / "train.beton").class_counts)
     if config.k > smallest:
         raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
@@ -353,18 +359,6 @@ def versions() -> dict[str, str]:
     """What this run was computed with."""
     packages = ("torch", "torchvision", "deepspeed", "ffcv", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def find_data(config: TrainConfig) -> tuple[Protocol, Path]:
-    """The protocol and the folder of its files."""
-    if (config.data / "train.beton.json").is_file():
-        manifest = read_manifest(config.data / "train.beton")
-        protocol = Protocol.from_dict(manifest.protocol)
-        if (protocol.name, protocol.split) != (config.protocol, config.split):
-            protocol = Protocol(config.protocol, config.split)
-    else:
-        protocol = Protocol(config.protocol, config.split)
-    return protocol, find_folder(config.data, protocol)
 
 
 @dataclass(frozen=True)
