@@ -189,12 +189,15 @@ def _builds(data: Path) -> dict[Path, Manifest]:
     for folder in candidates:
         if not (folder / "train.beton.json").is_file():
             continue
-        manifest = read_manifest(folder / "train.beton")
-        if Protocol.from_dict(manifest.protocol).split_hash != manifest.split_hash:
-            raise InputError(
-                f"{folder} was built by a version that split images differently: delete it and build again"
-            )
-        builds[folder] = manifest
+        try:
+            manifest = read_manifest(folder / "train.beton")
+        except InputError:
+            if folder == data:
+                raise
+            continue  # one of many folders; whoever needs it is told to build it
+        # A version that split images differently may have built it.
+        if Protocol.from_dict(manifest.protocol).split_hash == manifest.split_hash:
+            builds[folder] = manifest
     return builds
 
 
