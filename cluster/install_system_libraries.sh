@@ -27,8 +27,9 @@ fi
 if command -v apt-get >/dev/null 2>&1 && { [ -z "$as_root" ] || sudo -n true 2>/dev/null; }; then
     echo "installing:$missing"
     $as_root apt-get update -qq
+    # env comes after sudo, which drops the caller's environment: a package that asks a question would wait for ever.
     # shellcheck disable=SC2086 # one word for each package
-    DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 else
     echo "error: system libraries are missing; run: sudo apt-get update && sudo apt-get install -y$missing" >&2
     exit 1

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +62,57 @@ def test_a_dead_server_is_reported_quickly(monkeypatch):
     (found,) = doctor.mlflow_store()
     assert found.state == "lack" and "does not answer" in found.found and "start the server" in found.remedy
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("answer", [None, b"SSH-2.0-OpenSSH\r\n"], ids=["silent", "not-http"])
+def test_a_port_that_speaks_no_http_is_reported_quickly(monkeypatch, answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(answer)
+
+        if answer:
+            threading.Thread(target=reply, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.perf_counter()
+        (found,) = doctor.mlflow_store()
+    assert found.state == "lack" and "start the server" in found.remedy
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("uri", "state"),
+    [
+        ("postgresql://me:s3cret@db:5432/mlflow", "optional"),
+        ("http://me:s3cret@127.0.0.1:port", "lack"),
+        ("sqlite:////no-such-folder/mlruns.db", "lack"),
+    ],
+)
+def test_every_store_is_judged_and_no_password_is_shown(monkeypatch, uri, state):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (found,) = doctor.mlflow_store()
+    assert found.state == state and found.remedy
+    assert "s3cret" not in f"{found.found} {found.remedy}"
+
+
+def test_a_damaged_manifest_does_not_hide_the_other_data(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("bad", '{"coun'), ("good", '{"count": 1200}')):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "train.beton.json").write_text(text)
+    bad, good = doctor.data_folders()
+    assert "unreadable" in bad.found and "build it again" in bad.remedy
+    assert good.state == "ok" and "1,200" in good.found
+
+
+def test_a_build_for_one_cuda_version_is_the_tested_release(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.11.0+cu130")
+    assert doctor.package("torch", "2.11.0").state == "ok"
+    assert doctor.package("torch", "2.11.1").state == "lack"
 
 
 def test_another_version_than_the_tested_one_is_a_lack():

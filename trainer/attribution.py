@@ -12,43 +12,31 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.counter_rng import Stream, uniforms
-from trainer.gradmix import activation_map, find_peaks, layercam_peaks
+from trainer.distributed import sum_over_ranks, world_size
+from trainer.gradmix import activation_map, layercam_peaks
 
 if TYPE_CHECKING:
     from trainer.config import MixingConfig
 
 
 def attribution(maps: Sequence[Tensor], gradients: Sequence[Tensor], config: MixingConfig) -> Tensor:
-    """Activation map (N, h, w) of one layer, or the sum over several.
-
-    Several layers are each normalised to [0, 1] per image, resized bilinearly to the finest and added.
-    """
-    each = [activation_map(a, g, config.attribution, config.gradient_sign) for a, g in zip(maps, gradients)]
-    if len(each) == 1:
-        return each[0]
-    finest = max((single.shape[1:] for single in each), key=lambda shape: shape[0] * shape[1])
-    resized = [
-        F.interpolate(_normalise(single).unsqueeze(1), finest, mode="bilinear", align_corners=False) for single in each
-    ]
-    return torch.stack(resized).sum(dim=0).squeeze(1)
+    """Activation map (N, h, w) of one layer, or the sum over several, to look at."""
+    return activation_map(maps, gradients, config.attribution, config.gradient_sign)
 
 
 def peaks(maps: Sequence[Tensor], gradients: Sequence[Tensor], config: MixingConfig) -> Tensor:
     """The most activated places (N, P, 2) in view coordinates; NaN for an image whose map says nothing."""
-    if len(maps) == 1:
-        return layercam_peaks(
-            maps[0],
-            gradients[0],
-            config.num_patches,
-            kind=config.attribution,
-            sign=config.gradient_sign,
-            suppress=config.gamma_max,
-        )[0]
-    return find_peaks(attribution(maps, gradients, config), config.num_patches, suppress=config.gamma_max)[0]
+    return layercam_peaks(
+        maps,
+        gradients,
+        config.num_patches,
+        kind=config.attribution,
+        sign=config.gradient_sign,
+        suppress=config.gamma_max,
+    )[0]
 
 
 def first_view_gradients(maps: Mapping[str, Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -59,11 +47,12 @@ def first_view_gradients(maps: Mapping[str, Tensor], n: int) -> tuple[list[Tenso
 class PeakStore:
     """The places (y, x) in the source image where each training image was last most activated; NaN: not known yet.
 
-    P·8 bytes an image, on the device.
+    P·8 + 1 bytes an image, on the device.
     """
 
     def __init__(self, num_images: int, num_peaks: int, device: torch.device) -> None:
         self.places = torch.full((num_images, num_peaks, 2), torch.nan, device=device)
+        self._updated = torch.zeros(num_images, dtype=torch.bool, device=device)
 
     def lookup(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
         """Places (N, P, 2) of the images `indices` (N,); a random one where none is known."""
@@ -73,6 +62,20 @@ class PeakStore:
     def update(self, indices: Tensor, places: Tensor) -> None:
         """Remember `places` (N, P, 2) for `indices` (N,); NaN forgets."""
         self.places[indices] = places
+        self._updated[indices] = True
+
+    def synchronise(self) -> None:
+        """Let all ranks know what each has learned since the last time; an image may come to another rank next.
+
+        One collective of (P·2 + 1)·4 bytes an image. Every image was updated by at most one rank.
+        """
+        if world_size() > 1:
+            mine = self._updated.view(-1, 1, 1)
+            news = torch.where(mine, self.places, torch.zeros_like(self.places)).flatten(1)
+            total = sum_over_ranks(torch.cat([news, self._updated.unsqueeze(1).float()], dim=1))
+            updated = (total[:, -1] > 0).view(-1, 1, 1)
+            self.places = torch.where(updated, total[:, :-1].view_as(self.places), self.places)
+        self._updated.zero_()
 
 
 def random_places(indices: Tensor, num_places: int, *, seed: int, epoch: int) -> Tensor:
@@ -92,8 +95,3 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, was_tracked in zip(layers, tracked):
             layer.track_running_stats = was_tracked
-
-
-def _normalise(activation: Tensor) -> Tensor:
-    low, high = activation.amin(dim=(1, 2), keepdim=True), activation.amax(dim=(1, 2), keepdim=True)
-    return (activation - low) / (high - low).clamp(min=torch.finfo(activation.dtype).tiny)

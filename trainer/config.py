@@ -212,6 +212,9 @@ class TrainConfig:
     workers: int = 1
     """FFCV decoding threads of each rank; 1 or more."""
 
+    batch_norm: Literal["global", "local"] = "global"
+    """global: normalise over the images of all ranks, so that their number changes nothing; local: each rank over its
+    own, without communication."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)

@@ -45,10 +45,15 @@ class _Gather(torch.autograd.Function):
         return gradient[rank()]
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of `tensor` over ranks, without gradient."""
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over ranks, without gradient."""
     if world_size() == 1:
         return tensor.detach()
     total = tensor.detach().clone()
     dist.all_reduce(total)
-    return total / world_size()
+    return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of `tensor` over ranks, without gradient."""
+    return sum_over_ranks(tensor) / world_size()

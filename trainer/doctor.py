@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import platform
@@ -76,7 +77,8 @@ def package(name: str, wanted: str) -> Finding:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(name, "lack", "not installed", "make setup")
-    if version != wanted:
+    # As for pip, 2.11.0+cu130 is 2.11.0: the same release built for one version of CUDA.
+    if version.partition("+")[0] != wanted:
         return Finding(name, "lack", f"{version}, tested with {wanted}", f"pip install -c constraints.txt {name}")
     return Finding(name, "ok", version)
 
@@ -96,18 +98,22 @@ def accelerator() -> Iterator[Finding]:
 
 
 def mlflow_store() -> Iterator[Finding]:
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    # Without user and password: reports get pasted into issues, and /health asks for neither.
+    uri = re.sub(r"://[^/]*@", "://", os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
     if uri.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3):
                 yield Finding("MLflow store", "ok", uri)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             yield Finding(
                 "MLflow store",
                 "lack",
                 f"{uri} does not answer: {error}",
                 "start the server or unset MLFLOW_TRACKING_URI",
             )
+        return
+    if not uri.startswith("sqlite:///"):
+        yield Finding("MLflow store", "optional", f"{uri}, not checked", "only sqlite:///FILE and http(s) are checked")
         return
     path = Path(uri.removeprefix("sqlite:///"))
     place = path if path.exists() else path.parent
@@ -127,8 +133,14 @@ def data_folders() -> Iterator[Finding]:
     if not manifests:
         yield Finding("data", "optional", "nothing built in data/", "python -m data_pipeline.build --help")
     for manifest in manifests:
-        count = json.loads(manifest.read_text(encoding="utf-8"))["count"]
-        yield Finding("data", "ok", f"{manifest.parent}: {count:,} training images")
+        try:
+            count = json.loads(manifest.read_text(encoding="utf-8"))["count"]
+        except (OSError, ValueError, KeyError):
+            yield Finding(
+                "data", "optional", f"{manifest} is unreadable", f"delete {manifest.parent} and build it again"
+            )
+        else:
+            yield Finding("data", "ok", f"{manifest.parent}: {count:,} training images")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -32,6 +32,7 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.views import Geometry, draw_parameters, render_view
 from trainer import checkpoint
 from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, peaks, random_places
+from trainer.batch_norm import synchronise
 from trainer.config import TrainConfig, recipe
 from trainer.distributed import mean_over_ranks, rank, world_size
 from trainer.encoder import Encoder, load_encoder
@@ -70,6 +71,8 @@ class Trainer:
         encoder = Encoder(config.encoder, manifest.channels)
         if config.init_from is not None:
             load_encoder(encoder, config.init_from)
+        if config.batch_norm == "global" and world_size() > 1:
+            encoder = synchronise(encoder, device)
         accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
         steps_per_epoch = len(self.loader) / accumulation
         self.engine = make_engine(
@@ -204,6 +207,7 @@ def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Trac
                         description=f"epoch {epoch + 1}/{config.total_epochs}",
                         losses=f"{loss_line(parts)}  {rate:,.0f} images/s",
                     )
+            trainer.peaks.synchronise()
             took = time.perf_counter() - started
             seconds += took
             images = len(loader) * loader.batch_size * world_size()

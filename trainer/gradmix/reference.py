@@ -5,56 +5,59 @@ Shapes: N images, C channels of H×W, P patches; a feature map has K channels of
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from data_pipeline.resample import resample, resample_weights
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> Tensor:
-    """Each image with a square patch that shows the whole view of its partner, resized with antialiasing.
-
-        mixedᵢ[y, x] = resize(images[partnerᵢ], pₕ×p_w)[y − top, x − left]   inside the patch
-                     = imagesᵢ[y, x]                                         outside of it
-
-    with pₕ = ⌊γH + ½⌋ (at least 1), top = ⌊y_c·H − pₕ/2 + ½⌋ clamped so that the patch stays inside the image, and
-    likewise in x. Of overlapping patches the later one shows.
-
-    Args:
-        images: (N, C, H, W) float.
-        partner: (N,) int64, whose view fills the patch.
-        centers: (N, P, 2) in [0, 1].
-        gamma: side of the patch as a share of the image's side, in (0, 1]; a number or (N,).
-
-    Returns: (N, C, H, W), of the dtype and memory format of `images`.
-    """
-    n, _, height, width = images.shape
-    gamma = torch.as_tensor(gamma, dtype=torch.float32, device=images.device).expand(n)
-    patch_height, patch_width = _patch_side(gamma, height), _patch_side(gamma, width)
-    mixed = images
+    """See `trainer.gradmix.gradmix_views`."""
+    n, channels, height, width = images.shape
+    mixed = images.clone(memory_format=memory_format(images))
+    pixels = mixed.view(n, channels, height * width)
+    patch_height, row, row_weights = _patch_axis(gamma, height, images.device)
+    patch_width, column, column_weights = _patch_axis(gamma, width, images.device)
+    if isinstance(gamma, Tensor):
+        patch = row_weights @ images[partner].float() @ column_weights.mT
+    else:  # All are resized alike: small patches are less to look up than whole views.
+        patch = (row_weights @ images.float() @ column_weights.mT)[partner]
+    patch = patch.to(images.dtype).flatten(2)
     for center in centers.float().unbind(1):
-        top, left = _corner(center[:, 0], patch_height, height), _corner(center[:, 1], patch_width, width)
-        rows = _placed_weights(top, patch_height, height)
-        columns = _placed_weights(left, patch_width, width)
-        patch = resample(images[partner].float(), rows, columns).to(images.dtype)
-        inside = _interval(top, patch_height, height).unsqueeze(2) & _interval(left, patch_width, width).unsqueeze(1)
-        mixed = torch.where(inside.unsqueeze(1), patch, mixed)
-    return mixed.contiguous(memory_format=_memory_format(images))
+        y = _corner(center[:, 0], patch_height, height).unsqueeze(1) + row
+        x = _corner(center[:, 1], patch_width, width).unsqueeze(1) + column
+        place = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1)
+        pixels.scatter_(2, place.unsqueeze(1).expand(-1, channels, -1), patch)
+    return mixed
 
 
-def activation_map(maps: Tensor, gradients: Tensor, kind: str = "layercam", sign: int = 1) -> Tensor:
-    """Where the layer drove the loss: (N, h, w) float32, 0 or more.
+def activation_map(
+    maps: Tensor | Sequence[Tensor], gradients: Tensor | Sequence[Tensor], kind: str = "layercam", sign: int = 1
+) -> Tensor:
+    """Where the layers drove the loss: (N, h, w) float32, 0 or more.
 
         layercam   M = ReLU( Σₖ ReLU(∂l/∂Aₖ) ⊙ Aₖ )                                                       (eqs. 6-7)
         gradcam    M = ReLU( Σₖ αₖ Aₖ ),  αₖ the mean of ∂l/∂Aₖ over the map                              (eqs. 4-5)
 
+    The maps of several layers are each brought to [0, 1] per image, (M − min M) / (max M − min M), resized bilinearly
+    to the one with most cells and added.
+
     Args:
-        maps, gradients: (N, K, h, w), the layer's output A and the gradient of the loss with respect to it.
+        maps, gradients: (N, K, h, w), the layer's output A and the gradient of the loss with respect to it, or
+            sequences of them, one for each layer.
         sign: 1 for the loss's gradient as it is, -1 for that of its negative.
     """
-    maps, gradients = maps.float(), sign * gradients.float()
-    weights = gradients.relu() if kind == "layercam" else gradients.mean(dim=(2, 3), keepdim=True)
-    return (weights * maps).sum(dim=1).relu()
+    if isinstance(maps, Tensor):
+        return _layer_map(maps, gradients, kind, sign)
+    layers = [_layer_map(*layer, kind, sign) for layer in zip(maps, gradients)]
+    if len(layers) == 1:
+        return layers[0]
+    finest = finest_shape([tuple(layer.shape[1:]) for layer in layers])
+    resized = [
+        F.interpolate(_normalise(layer).unsqueeze(1), finest, mode="bilinear", align_corners=False) for layer in layers
+    ]
+    return torch.stack(resized).sum(dim=0).squeeze(1)
 
 
 def find_peaks(activation: Tensor, num_peaks: int = 1, suppress: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -70,6 +73,7 @@ def find_peaks(activation: Tensor, num_peaks: int = 1, suppress: float = 0.5) ->
     _, height, width = activation.shape
     y = (torch.arange(height, device=activation.device) + 0.5) / height
     x = (torch.arange(width, device=activation.device) + 0.5) / width
+    near_height, near_width = nearness(suppress, height), nearness(suppress, width)
     remaining = activation.clone()
     centers, scores = [], []
     for _ in range(num_peaks):
@@ -81,9 +85,8 @@ def find_peaks(activation: Tensor, num_peaks: int = 1, suppress: float = 0.5) ->
             score = torch.where(exhausted, scores[0], score)
         centers.append(center)
         scores.append(score)
-        # Half a cell of tolerance: places on a grid are not exactly `suppress` apart in floating point.
-        near_y = (y - center[:, :1]).abs() < suppress - 0.25 / height
-        near_x = (x - center[:, 1:]).abs() < suppress - 0.25 / width
+        near_y = (y - center[:, :1]).abs() < near_height
+        near_x = (x - center[:, 1:]).abs() < near_width
         remaining = remaining.masked_fill(near_y.unsqueeze(2) & near_x.unsqueeze(1), 0.0)
     total = activation.flatten(1).sum(dim=1, keepdim=True)
     says_something = torch.isfinite(total) & (total > 0)
@@ -92,40 +95,67 @@ def find_peaks(activation: Tensor, num_peaks: int = 1, suppress: float = 0.5) ->
 
 
 def layercam_peaks(
-    maps: Tensor,
-    gradients: Tensor,
-    num_peaks: int = 1,
-    *,
-    kind: str = "layercam",
-    sign: int = 1,
-    suppress: float = 0.5,
+    maps: Sequence[Tensor], gradients: Sequence[Tensor], num_peaks: int, kind: str, sign: int, suppress: float
 ) -> tuple[Tensor, Tensor]:
-    """`find_peaks` of `activation_map`: centers (N, P, 2) and scores (N, P)."""
+    """See `trainer.gradmix.layercam_peaks`."""
     return find_peaks(activation_map(maps, gradients, kind, sign), num_peaks, suppress)
 
 
-def _patch_side(gamma: Tensor, size: int) -> Tensor:
-    return (gamma * size + 0.5).floor().clamp(1, size)
-
-
-def _corner(center: Tensor, patch: Tensor, size: int) -> Tensor:
-    return torch.minimum((center * size - patch / 2 + 0.5).floor().clamp(min=0), size - patch)
-
-
-def _placed_weights(corner: Tensor, patch: Tensor, size: int) -> Tensor:
-    """Weights (N, size, size) that resize the whole axis to `patch` pixels, moved so that they begin at `corner`."""
-    whole = torch.full_like(patch, size)
-    weights = resample_weights(torch.zeros_like(patch), whole, size, size, target=patch)
-    row = torch.arange(size, device=patch.device) - corner.long().unsqueeze(1)
-    return weights.gather(1, row.clamp(0, size - 1).unsqueeze(2).expand(-1, -1, size))
-
-
-def _interval(start: Tensor, length: Tensor, size: int) -> Tensor:
-    place = torch.arange(size, device=start.device)
-    return (place >= start.unsqueeze(1)) & (place < (start + length).unsqueeze(1))
-
-
-def _memory_format(images: Tensor) -> torch.memory_format:
+def memory_format(images: Tensor) -> torch.memory_format:
+    """The format of the mixed views: channels_last where the images are, otherwise contiguous."""
     if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def largest_patch(gamma: float | Tensor, size: int) -> int:
+    """A bound of the patch's side in pixels, for which nothing waits for the device."""
+    return size if isinstance(gamma, Tensor) else min(size, int(gamma * size + 1.5))
+
+
+def finest_shape(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of the layers' (h, w), the first with most cells."""
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
+
+
+def nearness(suppress: float, size: int) -> float:
+    """Peaks closer than this in both axes overlap.
+
+    A quarter of a cell less than `suppress`: places on a grid are not exactly that far apart in floating point.
+    """
+    return suppress - 0.25 / size
+
+
+def _patch_axis(gamma: float | Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One axis of the patch: its side (G,), its pixels 0, 1, … (G, S), and the weights (G, 1, S, size) to resize by.
+
+    G is N where each image has its own γ, otherwise 1. S is the largest side or a bound of it; past its last pixel a
+    smaller patch repeats it, so that every image has the same shapes and writes nothing outside of its patch.
+
+    Weights are a triangle as wide as the patch is smaller: 1 − |(s + ½)·side/size − (p + ½)|, made to sum to 1. Times
+    2·size they are whole numbers, and exact.
+    """
+    each = gamma if isinstance(gamma, Tensor) else torch.full((1,), gamma, device=device)
+    side = (each.float() * size + 0.5).floor().clamp(1, size).long()
+    # To look at what is on the CPU costs nothing.
+    largest = int(side.max()) if side.device.type == "cpu" else largest_patch(gamma, size)
+    pixel = torch.arange(largest, device=device).minimum(side.unsqueeze(1) - 1)
+    source = torch.arange(size, device=device)
+    distance = ((2 * source + 1) * side.view(-1, 1, 1) - (2 * pixel.unsqueeze(2) + 1) * size).abs()
+    weights = (2 * size - distance).clamp(min=0).float()
+    return side, pixel, (weights / weights.sum(dim=2, keepdim=True)).unsqueeze(1)
+
+
+def _corner(center: Tensor, side: Tensor, size: int) -> Tensor:
+    return (center * size - side / 2 + 0.5).floor().long().clamp(min=0).minimum(size - side)
+
+
+def _layer_map(maps: Tensor, gradients: Tensor, kind: str, sign: int) -> Tensor:
+    maps, gradients = maps.float(), sign * gradients.float()
+    weights = gradients.relu() if kind == "layercam" else gradients.mean(dim=(2, 3), keepdim=True)
+    return (weights * maps).sum(dim=1).relu()
+
+
+def _normalise(activation: Tensor) -> Tensor:
+    low, high = activation.amin(dim=(1, 2), keepdim=True), activation.amax(dim=(1, 2), keepdim=True)
+    return (activation - low) / (high - low).clamp(min=torch.finfo(activation.dtype).tiny)

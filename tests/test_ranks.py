@@ -1,0 +1,149 @@
+"""Training on several ranks is the same mathematics as on one: losses, gradients, weights, statistics and peaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.protocols import Protocol
+from tests.ranks import on_ranks
+from trainer.attribution import PeakStore
+from trainer.batch_norm import synchronise
+from trainer.config import EncoderConfig, OptimizerConfig, TrainConfig, recipe
+from trainer.distributed import rank, world_size
+from trainer.engine import join_ranks
+from trainer.train import Trainer
+
+CPU = torch.device("cpu")
+
+
+def _train(configs: list[TrainConfig], epochs: int) -> list[dict]:
+    """What each configuration leaves on this rank. All in one process: starting one costs more than training here."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    device = join_ranks()
+    return [_train_one(Trainer(config, Protocol("digits", 0), config.data, device), epochs) for config in configs]
+
+
+def _train_one(trainer: Trainer, epochs: int) -> dict:
+    losses, gradients = [], {}
+    for epoch in range(epochs):
+        for step, batch in enumerate(trainer.loader.epoch(epoch)):
+            losses.append(trainer.train_step(batch, epoch, step))
+            if not gradients:
+                parameters = trainer.engine.module.named_parameters()
+                gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+        trainer.peaks.synchronise()
+    state = {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
+    return {"losses": torch.stack(losses), "gradients": gradients, "state": state, "peaks": trainer.peaks.places}
+
+
+@pytest.fixture(scope="module")
+def configs(digits, tmp_path_factory) -> list[TrainConfig]:
+    """Plain, ZeRO 1, ZeRO 2, and two micro-batches accumulated."""
+    plain = dataclasses.replace(
+        recipe("digits"),
+        data=digits,
+        batch_size=96,
+        encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=16),
+        # Adam divides by the gradient's size: where that is rounding alone, so is the step.
+        optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3),
+    )
+    folder, variants = tmp_path_factory.mktemp("deepspeed"), [plain]
+    for name, settings in (
+        ("one", {"zero_optimization": {"stage": 1}}),
+        ("two", {"zero_optimization": {"stage": 2}}),
+        ("accumulate", {"gradient_accumulation_steps": 2}),
+    ):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(settings))
+        variants.append(dataclasses.replace(plain, deepspeed_config=path))
+    return variants
+
+
+@pytest.fixture(scope="module")
+def alone(configs) -> list[dict]:
+    return on_ranks(_train, 1, configs, 1)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_gradients_weights_and_peaks_do_not_depend_on_the_number_of_ranks(configs, alone, ranks):
+    # Four ranks of a plain run are as telling as of every variant, and two cores have enough to do with them.
+    variants = configs if ranks == 2 else configs[:1]
+    together = on_ranks(_train, ranks, variants, 1)
+    for place, expected in enumerate(alone[: len(variants)]):
+        results = [result[place] for result in together]
+        assert len(results[0]["losses"]) == (14 if place == 3 else 7)
+        first_losses = torch.stack([result["losses"][0] for result in results]).mean(dim=0)
+        torch.testing.assert_close(first_losses, expected["losses"][0], atol=1e-6, rtol=1e-6)
+        for result in results:
+            for name, gradient in result["gradients"].items() if place == 0 else ():
+                torch.testing.assert_close(gradient, expected["gradients"][name], atol=1e-5, rtol=1e-4, msg=name)
+            for name, value in expected["state"].items():
+                torch.testing.assert_close(result["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
+            assert torch.equal(result["peaks"].isnan(), expected["peaks"].isnan())
+            # Where two of a map's four cells tie up to rounding, either is right.
+            same = torch.isclose(result["peaks"], expected["peaks"], atol=1e-5, equal_nan=True).float().mean()
+            assert same > 0.95
+            assert torch.equal(result["peaks"].nan_to_num(-1), results[0]["peaks"].nan_to_num(-1))
+
+
+def test_zero_stages_compute_what_plain_training_does(alone):
+    def furthest(result: dict) -> float:
+        return max(
+            (result["state"][n] - v).abs().max().item() for n, v in alone[0]["state"].items() if v.is_floating_point()
+        )
+
+    # Plain training keeps its weights channels-last, so its convolutions round differently.
+    assert max(map(furthest, alone[1:3])) < 0.01
+    assert furthest(alone[3]) > 0.1, "accumulation contrasts within micro-batches: it must differ"
+
+
+def _normalise(features: torch.Tensor, weight: torch.Tensor) -> tuple:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()).double()
+    layer = synchronise(layer, CPU).double() if world_size() > 1 else layer
+    shard = len(features) // world_size()
+    mine = slice(rank() * shard, (rank() + 1) * shard)
+    loss = (layer(features[mine]) * weight[mine]).sum() / shard
+    loss.backward()
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    with torch.no_grad():
+        evaluated = layer.eval()(features)
+    return loss.detach(), gradients, dict(layer.named_buffers()), evaluated
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_global_batch_normalisation_is_that_of_the_whole_batch(ranks):
+    features, weight = torch.randn(6, 3, 7, 5).double(), torch.randn(6, 5, 5, 3).double()
+    loss, gradients, buffers, evaluated = _normalise(features, weight)
+    results = on_ranks(_normalise, ranks, features, weight)
+    torch.testing.assert_close(torch.stack([result[0] for result in results]).mean(), loss)
+    for column, gradient in enumerate(gradients):
+        mean = torch.stack([result[1][column] for result in results]).mean(dim=0)
+        torch.testing.assert_close(mean, gradient, atol=1e-12, rtol=1e-10)
+    for result in results:
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(result[2][name], buffer)
+        torch.testing.assert_close(result[3], evaluated)
+
+
+def _learn_peaks(path: Path) -> torch.Tensor:
+    store = PeakStore(6, 1, CPU)
+    store.update(torch.arange(6), torch.zeros(6, 1, 2))
+    store._updated.zero_()
+    store.update(torch.tensor([rank(), rank() + 2]), torch.full((2, 1, 2), 0.25 * (rank() + 1)))
+    if rank() == 1:
+        store.update(torch.tensor([4]), torch.full((1, 1, 2), torch.nan))
+    store.synchronise()
+    return store.places
+
+
+def test_peaks_reach_every_rank(tmp_path):
+    for places in on_ranks(_learn_peaks, 2, tmp_path):
+        assert places[:, 0, 0].nan_to_num(-1).tolist() == [0.25, 0.5, 0.25, 0.5, -1, 0]

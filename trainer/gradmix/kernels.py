@@ -1,0 +1,394 @@
+"""The GradMix operations as Triton kernels, one launch each: a kernel, the pieces it is made of, and its launcher.
+
+Both are bound by memory: what counts is that every value is read once, in the order in which it lies in memory, and
+that nothing but the result is written. The launchers allocate their results and nothing else.
+
+Shapes: N images, C channels of H×W, P patches; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.gradmix import reference
+from trainer.gradmix.reference import finest_shape, largest_patch, memory_format, nearness
+
+# Values that a program copies, and those that a program painting the patch has in flight: with more, registers run out
+# and fewer programs share a multiprocessor.
+COPIED, PAINTED = 2048, 512
+# Values of a feature map that a program has in flight, and cells of the largest whose map fits into its registers.
+MAP_BLOCK, LARGEST_MAP = 4096, 16384
+
+
+@triton.jit
+def _gradmix_views_kernel(
+    mixed,
+    images,
+    partner,
+    centers,
+    gamma,
+    P,
+    painters,
+    programs,
+    PLANES: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GAMMA_PER_IMAGE: tl.constexpr,
+    COPIED: tl.constexpr,
+    LINES: tl.constexpr,
+    ITEMS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """`trainer.gradmix.gradmix_views`: of the `programs` of an image, the first `painters` write its patch, the others
+    what lies outside. Every value has one writer, so that the order of the programs does not matter.
+
+    In memory an image is (PLANES, H, W, DEPTH): (C, H, W, 1) where it is contiguous, (1, H, W, C) in channels_last.
+    """
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    program = tl.program_id(0) % programs
+    ratio = tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma
+    height, width = _patch_side(ratio, H), _patch_side(ratio, W)
+    centers += n * P * 2
+    mixed += n * (PLANES * H * W * DEPTH)
+    if program >= painters:
+        image = images + n * (PLANES * H * W * DEPTH)
+        first = (program - painters) * COPIED
+        _copy(mixed, image, centers, P, height, width, first, PLANES, H, W, DEPTH, COPIED)
+    else:
+        view = images + tl.load(partner + n) * (PLANES * H * W * DEPTH)
+        segments = tl.cdiv(width * DEPTH, ITEMS)
+        line, item = program // segments * LINES, program % segments * ITEMS
+        # There are painters for the largest patch that the host could not exclude.
+        if line < PLANES * height:
+            _paint(mixed, view, centers, P, height, width, line, item, PLANES, H, W, DEPTH, LINES, ITEMS, TAPS)
+
+
+@triton.jit
+def _copy(
+    mixed,
+    image,
+    centers,
+    P,
+    height,
+    width,
+    first,
+    PLANES: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COPIED: tl.constexpr,
+):
+    """The values first, …, first + COPIED − 1 of the image, where no patch covers them."""
+    place = first + tl.arange(0, COPIED)
+    inside = place < PLANES * H * W * DEPTH
+    values = tl.load(image + place, mask=inside, other=0.0)
+    cell = place // DEPTH % (H * W)
+    covered = _covered(cell // W, cell % W, 0, P, centers, height, width, H, W)
+    tl.store(mixed + place, values, mask=inside & ~covered)
+
+
+@triton.jit
+def _paint(
+    mixed,
+    view,
+    centers,
+    P,
+    height,
+    width,
+    first_line,
+    first_item,
+    PLANES: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LINES: tl.constexpr,
+    ITEMS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """LINES × ITEMS values of the patch, at each of its places; its rows are lines of width·DEPTH items.
+
+    patch[r, c] = Σ w(y, r)·w(x, c)·view[y, x] / Σ w(y, r)·w(x, c), over TAPS columns x at a time and one row y after
+    the other; see `_first_tap` for w.
+    """
+    line, item = first_line + tl.arange(0, LINES), first_item + tl.arange(0, ITEMS)
+    inside = (line < PLANES * height)[:, None] & (item < width * DEPTH)[None, :]
+    plane, row = line // height * (H * W * DEPTH), line % height
+    column, depth = item // DEPTH, item % DEPTH
+    top, distance_y = _first_tap(row, height, H)
+    left, distance_x = _first_tap(column, width, W)
+    patch = tl.zeros((LINES, ITEMS), tl.float32)
+    total_x = tl.zeros((ITEMS,), tl.float32)
+    for first_tap in range(0, tl.cdiv(2 * W, width), TAPS):
+        tap = first_tap + tl.arange(0, TAPS)[None, :]
+        x = left[:, None] + tap
+        weight_x = _weight(distance_x[:, None] + (2 * width * tap).to(tl.float32), x, W)
+        source_x = x * DEPTH + depth[:, None]
+        inside_x = inside[:, :, None] & (x < W)[None, :, :]
+        strip = tl.zeros((LINES, ITEMS, TAPS), tl.float32)
+        total_y = tl.zeros((LINES,), tl.float32)
+        for tap_y in range(0, tl.cdiv(2 * H, height)):
+            y = top + tap_y
+            weight_y = _weight(distance_y + (2 * height * tap_y).to(tl.float32), y, H)
+            values = tl.load(
+                view + (plane + y * (W * DEPTH))[:, None, None] + source_x[None, :, :],
+                mask=inside_x & (y < H)[:, None, None],
+                other=0.0,
+            )
+            strip += weight_y[:, None, None] * values.to(tl.float32)
+            total_y += weight_y
+        patch += tl.sum(strip * weight_x[None, :, :], axis=2) / total_y[:, None]
+        total_x += tl.sum(weight_x, axis=1)
+    patch = (patch / total_x[None, :]).to(mixed.dtype.element_ty)
+    for p in range(P):
+        corner_y, corner_x = _corner(centers, p, height, width, H, W)
+        y, x = (corner_y + row)[:, None], (corner_x + column)[None, :]
+        hidden = _covered(y, x, p + 1, P, centers, height, width, H, W)
+        place = mixed + plane[:, None] + (y * W + x) * DEPTH + depth[None, :]
+        tl.store(place, patch, mask=inside & ~hidden)
+
+
+@triton.jit
+def _patch_side(ratio, SIZE: tl.constexpr):
+    return tl.minimum(tl.maximum(tl.floor(ratio * SIZE + 0.5), 1.0), SIZE).to(tl.int32)
+
+
+@triton.jit
+def _corner(centers, p, height, width, H: tl.constexpr, W: tl.constexpr):
+    """Top and left of patch p."""
+    y, x = tl.load(centers + 2 * p).to(tl.float32), tl.load(centers + 2 * p + 1).to(tl.float32)
+    top = tl.floor(y * H - height.to(tl.float32) * 0.5 + 0.5)
+    left = tl.floor(x * W - width.to(tl.float32) * 0.5 + 0.5)
+    # Clamped before they become integers, which have no room for every float.
+    top = tl.minimum(tl.maximum(top, 0.0), (H - height).to(tl.float32)).to(tl.int32)
+    left = tl.minimum(tl.maximum(left, 0.0), (W - width).to(tl.float32)).to(tl.int32)
+    return top, left
+
+
+@triton.jit
+def _covered(y, x, first, P, centers, height, width, H: tl.constexpr, W: tl.constexpr):
+    """Whether one of the patches first, …, P − 1 covers (y, x)."""
+    covered = (y < 0) & (x < 0)
+    for p in range(first, P):
+        top, left = _corner(centers, p, height, width, H, W)
+        covered |= (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return covered
+
+
+@triton.jit
+def _first_tap(output, side, SIZE: tl.constexpr):
+    """Of the pixels that have a weight w when SIZE of them become `side`, the first; and its distance.
+
+        w(source, output) = max(0, 1 − |(source + ½)·side/SIZE − (output + ½)|)
+
+    All is multiplied by 2·SIZE, so that distances and weights are whole numbers and exact. From one pixel to the next
+    the distance grows by 2·side.
+    """
+    source = tl.maximum((2 * output - 1) * SIZE + side, 0) // (2 * side)
+    return source, ((2 * source + 1) * side - (2 * output + 1) * SIZE).to(tl.float32)
+
+
+@triton.jit
+def _weight(distance, source, SIZE: tl.constexpr):
+    return tl.where(source < SIZE, tl.maximum(2.0 * SIZE - tl.abs(distance), 0.0), 0.0)
+
+
+def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> Tensor:
+    """See `trainer.gradmix.gradmix_views`; images that are neither contiguous nor channels_last are copied first."""
+    n, channels, height, width = images.shape
+    layout = memory_format(images)
+    images = images.contiguous(memory_format=layout)
+    mixed = torch.empty_like(images, memory_format=layout)
+    planes, depth = (1, channels) if layout is torch.channels_last else (channels, 1)
+    largest_height, largest_width = largest_patch(gamma, height), largest_patch(gamma, width)
+    # A value of the patch has 2/γ taps along each axis.
+    taps = 8 if isinstance(gamma, Tensor) else min(triton.next_power_of_2(math.ceil(2 / gamma)), 32)
+    items = min(triton.next_power_of_2(largest_width * depth), 64, PAINTED // taps)
+    lines = PAINTED // (taps * items)
+    painters = triton.cdiv(planes * largest_height, lines) * triton.cdiv(largest_width * depth, items)
+    programs = painters + triton.cdiv(channels * height * width, COPIED)
+    with torch.cuda.device_of(images):
+        _gradmix_views_kernel[(n * programs,)](
+            mixed,
+            images,
+            partner.contiguous(),
+            centers.contiguous(),
+            gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
+            centers.shape[1],
+            painters,
+            programs,
+            PLANES=planes,
+            H=height,
+            W=width,
+            DEPTH=depth,
+            GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
+            COPIED=COPIED,
+            LINES=lines,
+            ITEMS=items,
+            TAPS=taps,
+            # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
+            enable_fp_fusion=False,
+        )
+    return mixed
+
+
+@triton.jit
+def _layercam_peaks_kernel(
+    centers,
+    scores,
+    maps,
+    gradients,
+    near_height,
+    near_width,
+    P,
+    LAYERS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CELLS: tl.constexpr,
+    SIGN: tl.constexpr,
+    GRADCAM: tl.constexpr,
+):
+    """`trainer.gradmix.layercam_peaks`: one program for an image, whose whole map stays in registers.
+
+    LAYERS: see `_layer`. CELLS is the block that holds the finest map, HEIGHT × WIDTH.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    cell = tl.arange(0, CELLS)
+    activation = tl.zeros((CELLS,), tl.float32)
+    total = 0.0
+    for i in tl.static_range(len(LAYERS)):
+        layer = _layer_map(maps[i], gradients[i], n, i, LAYERS, SIGN, GRADCAM)
+        # The largest value may hide a NaN; the sum does not.
+        total += tl.sum(layer, axis=0)
+        if len(LAYERS) == 1:
+            activation = layer
+        else:
+            activation += _normalised_and_resized(layer, cell, i, LAYERS, HEIGHT, WIDTH)
+    finite = tl.abs(total) < float("inf")
+    # Below every value, so that the padding is never the largest.
+    remaining = tl.where(cell < HEIGHT * WIDTH, activation, -1.0)
+    y, x = _center(cell, HEIGHT, WIDTH)
+    first_y, first_x, first_score = 0.0, 0.0, 0.0
+    for p in range(P):
+        score, best = tl.max(remaining, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        peak_y, peak_x = _center(best, HEIGHT, WIDTH)
+        stands_again = (p > 0) & (score <= 0)
+        score = tl.where(stands_again, first_score, score)
+        peak_y = tl.where(stands_again, first_y, peak_y)
+        peak_x = tl.where(stands_again, first_x, peak_x)
+        first_score = tl.where(p == 0, score, first_score)
+        first_y = tl.where(p == 0, peak_y, first_y)
+        first_x = tl.where(p == 0, peak_x, first_x)
+        says_something = finite & (first_score > 0)
+        peak = n * P + p
+        tl.store(centers + 2 * peak, tl.where(says_something, peak_y, float("nan")))
+        tl.store(centers + 2 * peak + 1, tl.where(says_something, peak_x, float("nan")))
+        tl.store(scores + peak, tl.where(finite, score, float("nan")))
+        near = (tl.abs(y - peak_y) < near_height) & (tl.abs(x - peak_x) < near_width)
+        remaining = tl.where(near, tl.minimum(remaining, 0.0), remaining)
+
+
+@triton.jit
+def _layer_map(maps, gradients, n, i: tl.constexpr, LAYERS: tl.constexpr, SIGN: tl.constexpr, GRADCAM: tl.constexpr):
+    """The activation map of layer i: (block of cells,), zero in the padding."""
+    K: tl.constexpr = LAYERS[i][0]
+    AREA: tl.constexpr = LAYERS[i][1] * LAYERS[i][2]
+    CHANNELS: tl.constexpr = LAYERS[i][3]
+    CELLS: tl.constexpr = LAYERS[i][4]
+    cell = tl.arange(0, CELLS)[None, :]
+    # Summed over channels once, at the end: until then no thread waits for another.
+    products = tl.zeros((CHANNELS, CELLS), tl.float32)
+    for first in range(0, K, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)[:, None]
+        inside = (channel < K) & (cell < AREA)
+        map_place = n * (K * AREA) + channel * LAYERS[i][5] + cell * LAYERS[i][6]
+        gradient_place = n * (K * AREA) + channel * LAYERS[i][7] + cell * LAYERS[i][8]
+        value = tl.load(maps + map_place, mask=inside, other=0.0).to(tl.float32)
+        weight = SIGN * tl.load(gradients + gradient_place, mask=inside, other=0.0).to(tl.float32)
+        products += (tl.sum(weight, axis=1)[:, None] / AREA if GRADCAM else _relu(weight)) * value
+    return _relu(tl.sum(products, axis=0))
+
+
+@triton.jit
+def _relu(value):
+    """Unlike tl.maximum, lets NaN pass."""
+    return tl.where(value < 0, 0.0, value)
+
+
+@triton.jit
+def _normalised_and_resized(
+    layer, cell, i: tl.constexpr, LAYERS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The map of layer i in [0, 1], bilinearly at the cells of the finest."""
+    H: tl.constexpr = LAYERS[i][1]
+    W: tl.constexpr = LAYERS[i][2]
+    own_cell = tl.arange(0, LAYERS[i][4])
+    low = tl.min(tl.where(own_cell < H * W, layer, float("inf")), axis=0)
+    high = tl.max(layer, axis=0)
+    layer = (layer - low) / tl.maximum(high - low, 1.1754943508222875e-38)
+    if H == HEIGHT and W == WIDTH:
+        return layer
+    else:
+        y = tl.maximum((cell // WIDTH + 0.5) * (H / HEIGHT) - 0.5, 0.0)
+        x = tl.maximum((cell % WIDTH + 0.5) * (W / WIDTH) - 0.5, 0.0)
+        top, left = tl.minimum(y.to(tl.int32), H - 1), tl.minimum(x.to(tl.int32), W - 1)
+        bottom, right = tl.minimum(top + 1, H - 1), tl.minimum(left + 1, W - 1)
+        y -= top
+        x -= left
+        upper = tl.gather(layer, top * W + left, 0) * (1.0 - x) + tl.gather(layer, top * W + right, 0) * x
+        lower = tl.gather(layer, bottom * W + left, 0) * (1.0 - x) + tl.gather(layer, bottom * W + right, 0) * x
+        return upper * (1.0 - y) + lower * y
+
+
+@triton.jit
+def _center(cell, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The middle of a cell, rounded as the PyTorch body rounds it."""
+    return tl.div_rn(cell // WIDTH + 0.5, HEIGHT + 0.0), tl.div_rn(cell % WIDTH + 0.5, WIDTH + 0.0)
+
+
+def layercam_peaks(
+    maps: Sequence[Tensor], gradients: Sequence[Tensor], num_peaks: int, kind: str, sign: int, suppress: float
+) -> tuple[Tensor, Tensor]:
+    """See `trainer.gradmix.layercam_peaks`; what is neither contiguous nor channels_last is copied first."""
+    height, width = finest_shape([tuple(layer.shape[2:]) for layer in maps])
+    if height * width > LARGEST_MAP:
+        return reference.layercam_peaks(maps, gradients, num_peaks, kind, sign, suppress)
+    maps, gradients = [_dense(layer) for layer in maps], [_dense(layer) for layer in gradients]
+    n, device = len(maps[0]), maps[0].device
+    centers = torch.empty((n, num_peaks, 2), device=device)
+    scores = torch.empty((n, num_peaks), device=device)
+    with torch.cuda.device_of(maps[0]):
+        _layercam_peaks_kernel[(n,)](
+            centers,
+            scores,
+            tuple(maps),
+            tuple(gradients),
+            nearness(suppress, height),
+            nearness(suppress, width),
+            num_peaks,
+            LAYERS=tuple(_layer(a, g) for a, g in zip(maps, gradients)),
+            HEIGHT=height,
+            WIDTH=width,
+            CELLS=triton.next_power_of_2(height * width),
+            SIGN=sign,
+            GRADCAM=kind == "gradcam",
+            num_warps=4 if height * width <= MAP_BLOCK else 16,
+        )
+    return centers, scores
+
+
+def _layer(maps: Tensor, gradients: Tensor) -> tuple[int, ...]:
+    """K, h, w; how many channels and cells are read at once; strides over channels and cells of map and of gradient."""
+    channels, height, width = maps.shape[1:]
+    cells = triton.next_power_of_2(height * width)
+    block = min(triton.next_power_of_2(channels), max(MAP_BLOCK // cells, 1))
+    strides = [(height * width, 1) if layer.is_contiguous() else (1, channels) for layer in (maps, gradients)]
+    return channels, height, width, block, cells, *strides[0], *strides[1]
+
+
+def _dense(layer: Tensor) -> Tensor:
+    return layer.contiguous(memory_format=memory_format(layer))
