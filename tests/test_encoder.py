@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -79,3 +83,19 @@ def test_weights_survive_the_disk_and_another_network_is_refused(tmp_path):
     for path in ("bad.safetensors", "missing.safetensors"):
         with pytest.raises(InputError, match=path):
             load_encoder(twin, tmp_path / path)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_narrow_networks_survive_their_backward_pass_at_64_pixels(width):
+    """oneDNN's strided 1×1 convolutions corrupted memory here; in a process of its own, since that kills it."""
+    program = (
+        "import torch\n"
+        "from trainer.config import EncoderConfig\n"
+        "from trainer.encoder import Encoder\n"
+        f"encoder = Encoder(EncoderConfig(width={width}), 3).to(memory_format=torch.channels_last)\n"
+        "views = torch.randn(96, 3, 64, 64).contiguous(memory_format=torch.channels_last)\n"
+        "for _ in range(2): encoder(views).embeddings.sum().backward()\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -92,8 +92,12 @@ def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, st
     out_channels = planes * block.expansion
     shortcut = None
     if stride != 1 or in_channels != out_channels:
+        # Every second pixel, then 1×1: the same as a 1×1 convolution of stride 2, whose backward pass in oneDNN
+        # (PyTorch 2.11) writes past its memory for channels-last inputs of 64 pixels and fewer than 12 channels.
         shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            nn.AvgPool2d(1, stride=stride),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
         )
     first = block(in_channels, planes, stride, shortcut)
     return nn.Sequential(first, *(block(out_channels, planes) for _ in range(depth - 1)))

@@ -158,12 +158,12 @@ def _wins(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> float:
 
 
 def _accepted(*groups: NDArray[np.float64]) -> list[NDArray[np.int64]]:
-    """How many of each group score at least t, for t = ∞ and then every distinct score from the largest down."""
-    thresholds = np.append(np.unique(np.concatenate(groups)), np.inf)[::-1]
+    """How many of each group score at least t, for every distinct score t from the largest down."""
+    thresholds = np.unique(np.concatenate(groups))[::-1]
     return [len(scores) - np.searchsorted(np.sort(scores), thresholds) for scores in groups]
 
 
 def _average_precision(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
-    true, false = (accepted[1:] for accepted in _accepted(positives, negatives))  # at t = ∞ precision is undefined
+    true, false = _accepted(positives, negatives)
     gained = np.diff(true, prepend=0) / len(positives)
     return float(np.sum(gained * true / (true + false)))

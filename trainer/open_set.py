@@ -155,8 +155,7 @@ def _class_sums(
     """Yield (test rows, class, (rows, K) top-k sums): chunk by chunk, the classes of each in ascending order."""
     k_max = max(ks)
     dtype = _dtype(test, gallery)
-    height, width = _tile(test.shape[1], k_max, max(map(len, members)), dtype.itemsize, chunk_bytes)
-    height = max(1, min(height, len(test)))
+    height, width = _tile(test, max(map(len, members)), k_max, dtype.itemsize, chunk_bytes)
     columns = torch.tensor(ks, device=test.device) - 1
     memory = torch.empty(height * (k_max + width), dtype=dtype, device=test.device)
 
@@ -174,7 +173,7 @@ def _class_sums(
             yield rows, label, top.cumsum(dim=1)[:, columns]
 
 
-def _tile(dimension: int, k_max: int, largest_class: int, itemsize: int, chunk_bytes: int) -> tuple[int, int]:
+def _tile(test: Tensor, largest_class: int, k_max: int, itemsize: int, chunk_bytes: int) -> tuple[int, int]:
     """How many test rows and gallery rows to compare at a time, so that all temporaries fit in `chunk_bytes`.
 
     A gallery row costs 4 vectors while it is normalised. A test row costs the same, its similarities, and 7 times k_max
@@ -182,11 +181,12 @@ def _tile(dimension: int, k_max: int, largest_class: int, itemsize: int, chunk_b
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    rows, dimension = test.shape
     numbers = chunk_bytes // itemsize
     # Near a square, and at most half the memory for gallery rows, so that no side is cut into needlessly many pieces.
     width = max(1, min(largest_class, math.isqrt(numbers), numbers // (8 * dimension)))
-    height = (numbers - width * 4 * dimension) // (width + 4 * dimension + 7 * k_max)
-    return max(1, height), width
+    height = max(1, min(rows, (numbers - width * 4 * dimension) // (width + 4 * dimension + 7 * k_max)))
+    return height, width
 
 
 def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Loader, open_loader
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
-from data_pipeline.views import Geometry, draw_parameters, render_view
+from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
 from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, peaks, random_places
 from trainer.batch_norm import synchronise
@@ -39,7 +39,7 @@ from trainer.encoder import Encoder, load_encoder
 from trainer.engine import join_ranks, make_engine, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import build_model, evaluate_open_set, metrics_table
 from trainer.losses import Objective, objective
-from trainer.mixing import Mixed, mix
+from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.registry import register
 from trainer.tracking import JournalTracker, NullTracker, Tracker, check_store, discard_journal, resolve_uri
 
@@ -90,11 +90,11 @@ class Trainer:
         mixing, settings = self.config.mixing, self.config.objective_at(epoch)
         mixes = mixing.kind != "none" and settings.lam > 0
         layers = mixing.layers if mixes and mixing.uses_peaks else ()
-        first, geometry = self.view(batch, epoch, 0)
-        second, _ = self.view(batch, epoch, 1)
-        mixed = self.mixed_view(batch, first, second, geometry, epoch, step) if mixes else None
-
-        views = torch.cat([first, second] if mixed is None else [first, second, mixed.views])
+        first, second = self.parameters(batch, epoch, 0), self.parameters(batch, epoch, 1)
+        if mixes:
+            views, mixed = self.mixed_views(batch, first, second, epoch, step)
+        else:
+            views, mixed = self.render(batch, first, second), None
         retain = layers if mixing.peaks_from == "previous_epoch" else ()
         encoded = self.engine(views, retain)
         for feature_map in encoded.maps.values():
@@ -109,14 +109,14 @@ class Trainer:
         )
         self.engine.backward(losses.total)
         if retain:
-            found = peaks(*first_view_gradients(encoded.maps, len(first)), mixing)
-            self.peaks.update(batch.indices, geometry.to_source(found))
+            found = peaks(*first_view_gradients(encoded.maps, len(batch.images)), mixing)
+            self.peaks.update(batch.indices, first.geometry.to_source(found))
         self.engine.step()
         return torch.stack(losses).detach()
 
-    def view(self, batch: Batch, epoch: int, number: int) -> tuple[Tensor, Geometry]:
-        """View `number` of the batch (N, C, h, w), and where it was cut."""
-        parameters = draw_parameters(
+    def parameters(self, batch: Batch, epoch: int, number: int) -> ViewParameters:
+        """What makes view `number` of each image of the batch."""
+        return draw_parameters(
             self.config.views,
             tuple(batch.images.shape[1:3]),
             batch.indices,
@@ -124,36 +124,53 @@ class Trainer:
             epoch=epoch,
             view=number,
         )
+
+    def render(self, batch: Batch, first: ViewParameters, second: ViewParameters, **patches: Any) -> Tensor:
+        """The views of the batch in blocks (2N, C, h, w), or with `patches` as `render_views` takes them (3N, …)."""
         info = self.protocol.info
-        view = render_view(
-            batch.images, parameters, size=self.image_size, mean=info.mean, std=info.std, dtype=self.dtype
+        return render_views(
+            batch.images,
+            first,
+            second,
+            size=self.image_size,
+            mean=info.mean,
+            std=info.std,
+            dtype=self.dtype,
+            **patches,
         )
-        return view, parameters.geometry
 
-    def mixed_view(
-        self, batch: Batch, first: Tensor, second: Tensor, geometry: Geometry, epoch: int, step: int
-    ) -> Mixed:
-        """The third view, with GradMix's patch where the configuration says."""
-        mixing, seed = self.config.mixing, self.config.seed
-        if not mixing.uses_peaks:
-            centers = random_places(batch.indices, mixing.num_patches, seed=seed, epoch=epoch)
-        elif mixing.peaks_from == "previous_epoch":
-            centers = geometry.to_view(self.peaks.lookup(batch.indices, seed=seed, epoch=epoch))
-        else:
-            found = self.same_step_peaks(batch, first, second, epoch)
-            elsewhere = random_places(batch.indices, mixing.num_patches, seed=seed, epoch=epoch)
-            centers = torch.where(found.isnan(), elsewhere, found)
-        return mix(first, batch.indices, centers, mixing, seed=seed, epoch=epoch, step=step)
+    def mixed_views(
+        self, batch: Batch, first: ViewParameters, second: ViewParameters, epoch: int, step: int
+    ) -> tuple[Tensor, Mixed]:
+        """The views of the batch and the third made from them, in blocks (3N, C, h, w), and how it was mixed."""
+        mixing, n, draw = self.config.mixing, len(batch.images), {"seed": self.config.seed, "epoch": epoch}
+        same_step = mixing.uses_peaks and mixing.peaks_from == "same_step"
+        if mixing.kind == "gradmix" and not same_step:
+            if mixing.uses_peaks:
+                centers = first.geometry.to_view(self.peaks.lookup(batch.indices, **draw))
+            else:
+                centers = random_places(batch.indices, mixing.num_patches, **draw)
+            partner, gamma = partners(n, self.device), draw_gamma(mixing, batch.indices, step=step, **draw)
+            views = self.render(batch, first, second, partner=partner, centers=centers, gamma=gamma)
+            return views, Mixed(views[2 * n :], gamma, None, partner)
+        views = self.render(batch, first, second)
+        centers = None
+        if same_step:
+            found = self.same_step_peaks(batch, views, epoch)
+            centers = torch.where(found.isnan(), random_places(batch.indices, mixing.num_patches, **draw), found)
+        mixed = mix(views[:n], batch.indices, centers, mixing, step=step, **draw)
+        return torch.cat([views, mixed.views]), mixed
 
-    def same_step_peaks(self, batch: Batch, first: Tensor, second: Tensor, epoch: int) -> Tensor:
-        """Peaks (N, P, 2) of the first view by an extra pass that changes neither gradients nor statistics."""
+    def same_step_peaks(self, batch: Batch, views: Tensor, epoch: int) -> Tensor:
+        """Peaks (N, P, 2) of the first of the views (2N, C, h, w) by an extra pass that changes neither gradients nor
+        statistics."""
         mixing, encoder = self.config.mixing, self.engine.module
         with frozen_statistics(encoder):
-            encoded = encoder(torch.cat([first, second]), mixing.layers)
+            encoded = encoder(views, mixing.layers)
             losses = objective(encoded.embeddings, batch.labels, None, self.config.objective_at(epoch))
             maps = list(encoded.maps.values())
             gradients = torch.autograd.grad(losses.total, maps)
-        n = len(first)
+        n = len(batch.images)
         return peaks([a.detach()[:n] for a in maps], [g[:n] for g in gradients], mixing)
 
 
