@@ -102,6 +102,13 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
         check_store(dead)
     with pytest.raises(InputError, match="create the folder"):
         check_store("sqlite:////nowhere/at/all.db")
+    with pytest.raises(InputError, match="'garbage' is no MLflow store: give sqlite"):
+        check_store("garbage")
+    with pytest.raises(InputError, match=r"server http://127.0.0.1:\d+ does not answer"):
+        check_store(dead.replace("http://", "http://user:secret@"))
+    with pytest.raises(InputError, match="there is no MLflow store"):
+        check_store(f"sqlite:///{tmp_path}/none.db", must_exist=True)
+    assert not (tmp_path / "none.db").exists()
     (tmp_path / "store.db").write_text("this is no database, though it is long enough to be looked at as one" * 20)
     with pytest.raises(InputError, match="cannot be used"):
         check_store(f"sqlite:///{tmp_path}/store.db")

@@ -29,7 +29,7 @@ from data_pipeline.views import render_plain
 from trainer.config import EncoderConfig
 from trainer.encoder import Encoder, embed, load_encoder, save_encoder
 from trainer.open_set import Scores, decide, score
-from trainer.tracking import Link, check_store, deliver, resolve_uri
+from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
 
 UNKNOWN_NAME = "unknown"
 
@@ -168,12 +168,14 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
     from mlflow.exceptions import MlflowException
 
     store = resolve_uri(tracking_uri)
-    check_store(store)
+    check_store(store, must_exist=True)
     mlflow.set_tracking_uri(store)
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except MlflowException as error:
-        raise InputError(f"{uri} is not in the MLflow store {store}: {_known_models(store)}") from error
+        raise InputError(
+            f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
+        ) from error
     # MLflow keeps the folder that was logged somewhere inside its own.
     found = sorted(folder.rglob("model.json"))
     if not found:

@@ -7,12 +7,13 @@ equal points once, so delivering twice does no harm.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -61,22 +62,32 @@ def resolve_uri(uri: str | None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
-def check_store(uri: str) -> None:
-    """Make sure that the MLflow store answers; raises `InputError` with the remedy, within seconds, if it does not."""
+def check_store(uri: str, *, must_exist: bool = False) -> None:
+    """Make sure, within seconds, that the MLflow store can be used.
+
+    Args:
+        must_exist: also refuse an SQLite file that is not there yet, which writing would create.
+
+    Raises:
+        InputError: it does not answer, cannot be opened, or is of a kind MLflow does not know.
+    """
+    shown = without_password(uri)
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
                 return
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise InputError(
-                f"the MLflow server {uri} does not answer ({getattr(error, 'reason', error)}): start it, correct the "
+                f"the MLflow server {shown} does not answer ({getattr(error, 'reason', error)}): start it, correct the "
                 "URI, or train with --tracking.offline to record in the run folder and deliver later"
             ) from error
-    if parts.scheme == "sqlite":
+    elif parts.scheme == "sqlite":
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.parent.is_dir():
-            raise InputError(f"the MLflow store {uri} cannot be opened: create the folder {path.parent}")
+            raise InputError(f"the MLflow store {shown} cannot be opened: create the folder {path.parent}")
+        if must_exist and not path.is_file():
+            raise InputError(f"there is no MLflow store {shown}: correct the URI, or train a model first")
         try:
             with sqlite3.connect(path, timeout=5) as connection:
                 connection.execute("PRAGMA schema_version").fetchone()
@@ -84,8 +95,17 @@ def check_store(uri: str) -> None:
                 connection.rollback()
         except sqlite3.Error as error:
             raise InputError(
-                f"the MLflow store {uri} cannot be used ({error}): check the file and its permissions, or name another"
+                f"the MLflow store {shown} cannot be used ({error}): check the file, its permissions, or name another"
             ) from error
+    elif parts.scheme.split("+")[0] not in ("postgresql", "mysql", "mssql"):
+        raise InputError(
+            f"{shown!r} is no MLflow store: give sqlite:///FILE, http://HOST:PORT or a database such as postgresql://..."
+        )
+
+
+def without_password(uri: str) -> str:
+    """`uri` as it may be shown: user and password removed."""
+    return re.sub(r"://[^/]*@", "://", uri)
 
 
 @dataclass(frozen=True)
