@@ -63,18 +63,32 @@ class Loader(ABC):
     """Shuffled training batches of one rank. `len(loader)` is the number of steps in an epoch."""
 
     def __init__(
-        self, manifest: Manifest, batch_size: int, device: torch.device, seed: int, rank: int, world_size: int
+        self,
+        beton: Path,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
     ) -> None:
-        self.manifest, self.batch_size, self.device = manifest, batch_size, device
+        """`batch_size` is of each rank; `workers` are decoding threads. The other arguments are `rank_order`'s."""
+        self.manifest, self.batch_size, self.device = verify(beton), batch_size, device
         self.seed, self.rank, self.world_size = seed, rank, world_size
         if len(self) == 0:
             raise InputError(
-                f"{manifest.count} training images do not fill one batch of {batch_size * world_size}: "
-                f"set --batch-size to at most {manifest.count}"
+                f"{self.manifest.count} training images do not fill one batch of {batch_size * world_size}: "
+                f"set --batch-size to at most {self.manifest.count}"
             )
+        self._open(beton, workers)
 
     def __len__(self) -> int:
         return self.manifest.count // (self.batch_size * self.world_size)
+
+    @abstractmethod
+    def _open(self, beton: Path, workers: int) -> None:
+        """Make the file ready to be read."""
 
     @abstractmethod
     def epoch(self, number: int) -> Iterator[Batch]:
@@ -94,19 +108,8 @@ class Loader(ABC):
 class StreamLoader(Loader):
     """Decodes from the file every epoch, a few batches ahead."""
 
-    def __init__(
-        self,
-        beton: Path,
-        batch_size: int,
-        *,
-        device: torch.device,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 1,
-    ) -> None:
-        super().__init__(verify(beton), batch_size, device, seed, rank, world_size)
-        self._file = _FFCVFile(beton, self.manifest, batch_size, device, workers)
+    def _open(self, beton: Path, workers: int) -> None:
+        self._file = _FFCVFile(beton, self.manifest, self.batch_size, self.device, workers)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         return self._file.read(self._order(number).ravel())
@@ -115,19 +118,8 @@ class StreamLoader(Loader):
 class ResidentLoader(Loader):
     """Decodes the file once and keeps it on the device: (H·W·C + 16) bytes an image."""
 
-    def __init__(
-        self,
-        beton: Path,
-        batch_size: int,
-        *,
-        device: torch.device,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 1,
-    ) -> None:
-        super().__init__(verify(beton), batch_size, device, seed, rank, world_size)
-        self._data = load_all(beton, device=device, workers=workers)
+    def _open(self, beton: Path, workers: int) -> None:
+        self._data = load_all(beton, device=self.device, workers=workers)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         # One transfer for the whole epoch; after it no step waits for the host.
