@@ -32,12 +32,21 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     """Four 32-bit words, as int64 tensors, for each counter (c0, c1, c2, c3) of 32-bit words in int64 tensors."""
     key_a, key_b = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # A product of two 32-bit words wraps in int64, but its 64 bits are right: shift and mask recover both halves.
-        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c2 = ((product_b >> 32) & _MASK) ^ c1 ^ key_a, ((product_a >> 32) & _MASK) ^ c3 ^ key_b
-        c1, c3 = product_b & _MASK, product_a & _MASK
+        high_a, low_a = _product(c0, _ROUND_A)
+        high_b, low_b = _product(c2, _ROUND_B)
+        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
         key_a, key_b = (key_a + _KEY_A) & _MASK, (key_b + _KEY_B) & _MASK
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of a word times an odd 32-bit number.
+
+    The product may need all 64 bits and int64 has 63, past which a compiler may assume anything. What is computed is
+    the product less (factor >> 1) · 2³², which fits.
+    """
+    shifted = (word - 2**31) * factor + 2**31
+    return (shifted >> 32) + (factor >> 1), shifted & _MASK
 
 
 def uniforms(seed: int, epoch: int, indices: Tensor, stream: Stream, count: int) -> Tensor:

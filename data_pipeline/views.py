@@ -1,8 +1,12 @@
 """SimCLR views, batched on the device: random resized crop, flip, rotation, colour jitter, grayscale, normalise.
 
 Every image has its own parameters, drawn by a counter-based generator from (seed, epoch, image index, view): a view
-does not depend on the rank, the batch or the order in which images come. The geometry that made a view comes back with
-it, so that a place found in the view can be put on the source image and from there into the next epoch's view.
+does not depend on the rank, the batch or the order in which images come. The geometry that made a view comes with the
+parameters, so that a place found in the view can be put on the source image and from there into the next epoch's view.
+
+`render_views` is one operation with two bodies of the same results, the Triton kernel of `views_kernels` and the plain
+PyTorch below; `data_pipeline.dispatch` says which runs. It is registered with torch.library, so that torch.compile
+takes it whole, and has no gradient.
 
 Shapes: N images, C channels, source H×W, view h×w, P points per image. Points are (y, x), each in [0, 1].
 """
@@ -20,16 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.counter_rng import Stream, uniforms
+from data_pipeline.dispatch import use_triton
 from data_pipeline.errors import InputError
+from data_pipeline.patch import check_patch_values, check_patches, paste_patches, require_device, require_floats
 from data_pipeline.resample import resample, resample_weights
 
 _CROP_ATTEMPTS = 10
 _DRAWS = 2 * _CROP_ATTEMPTS + 11
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)))
-_HUE_PLACE = torch.tensor([order.index(_HUE) for order in ORDERS])
-_BLENDS = torch.tensor([[change for change in order if change != _HUE] for order in ORDERS])
-_LUMA = (0.2989, 0.587, 0.114)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+_IDENTITY = (1.0, 1.0, 1.0, 0.0)
+LUMA = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +139,17 @@ def draw_parameters(
     box = _draw_crop(config, source_size, draws[:, : 2 * _CROP_ATTEMPTS + 2])
     rest = draws[:, 2 * _CROP_ATTEMPTS + 2 :]
     flip, angle, jitter, brightness, contrast, saturation, hue, order, gray = rest.unbind(1)
-    factors = torch.stack(
-        [
-            1.0 + config.brightness * (2.0 * brightness - 1.0),
-            1.0 + config.contrast * (2.0 * contrast - 1.0),
-            1.0 + config.saturation * (2.0 * saturation - 1.0),
-            config.hue * (2.0 * hue - 1.0),
-        ],
-        dim=1,
+    factors = (
+        1.0 + config.brightness * (2.0 * brightness - 1.0),
+        1.0 + config.contrast * (2.0 * contrast - 1.0),
+        1.0 + config.saturation * (2.0 * saturation - 1.0),
+        config.hue * (2.0 * hue - 1.0),
     )
-    identity = torch.tensor([1.0, 1.0, 1.0, 0.0], device=indices.device)
+    changes = jitter < config.jitter
     height, width = source_size
+    # Numbers enter as numbers: a tensor of them made here would be a copy to the device that the host waits for.
     geometry = Geometry(
-        box=box / torch.tensor([height, width, height, width], device=box.device),
+        box=torch.stack([edge / size for edge, size in zip(box.unbind(1), (height, width) * 2)], dim=1),
         flip=flip < config.flip,
         angle=math.radians(config.rotation) * (2.0 * angle - 1.0) if config.rotation else None,
         aspect=width / height,
@@ -154,9 +157,50 @@ def draw_parameters(
     return ViewParameters(
         geometry=geometry,
         box=box,
-        factors=torch.where((jitter < config.jitter).unsqueeze(1), factors, identity),
+        factors=torch.stack([torch.where(changes, *pair) for pair in zip(factors, _IDENTITY)], dim=1),
         order=(order * len(ORDERS)).long(),
         gray=gray < config.grayscale,
+    )
+
+
+def render_views(
+    images: Tensor,
+    first: ViewParameters,
+    second: ViewParameters,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    partner: Tensor | None = None,
+    centers: Tensor | None = None,
+    gamma: float | Tensor | None = None,
+) -> Tensor:
+    """Both views of each image, and with `partner`, `centers` and `gamma` the mixed view x̃ too: on CUDA in one launch.
+
+        rows i, N + i        x¹ᵢ and x²ᵢ, image i as `first` and `second` say (see `render_view`)
+        row 2N + i           x̃ᵢ = x¹ᵢ with square patches that show the whole of x¹ₚ, p the partner of i, resized with
+                             antialiasing (see `data_pipeline.patch`)
+
+    Args:
+        images: uint8 (N, H, W, C), C 1 or 3.
+        first, second: parameters of N views each; both rotate or neither does.
+        size: h = w, pixels, 1 or more.
+        mean, std: per channel, of pixel values in [0, 1].
+        dtype: float32, bfloat16 or float16.
+        partner: (N,) int64 within 0 to N − 1.
+        centers: (N, P, 2) float, places (y, x) in [0, 1] of the first view.
+        gamma: side of the patch as a share of the view's side, in (0, 1]; a number or (N,) float.
+
+    Returns: (2N, C, size, size), with patches (3N, C, size, size), in channels_last.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value. Values on a GPU are checked there, so that
+            the host does not wait; what is wrong with them then stops the process at its next synchronisation.
+    """
+    number, per_image = (1.0, gamma) if isinstance(gamma, Tensor) else (gamma, None)
+    return torch.ops.gradmix.render_views(
+        images, _pack(first), _pack(second), size, mean, std, dtype, partner, centers, number, per_image
     )
 
 
@@ -169,20 +213,13 @@ def render_view(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One view of each image: uint8 (N, H, W, C) to (N, C, size, size) in channels_last, normalised.
+    """One view of each image, in plain PyTorch: uint8 (N, H, W, C) to (N, C, size, size) in channels_last, normalised.
 
     `mean` and `std` are per channel of pixel values in [0, 1].
     """
-    pixels = images.permute(0, 3, 1, 2).float().div_(255.0)
-    geometry, (top, left, height, width) = parameters.geometry, parameters.box.unbind(1)
-    if geometry.angle is not None:
-        pixels = _rotate(pixels, geometry.angle, geometry.aspect)
-    rows = resample_weights(top, height, images.shape[1], size)
-    columns = resample_weights(left, width, images.shape[2], size)
-    columns = torch.where(geometry.flip.view(-1, 1, 1), columns.flip(1), columns)
-    view = resample(pixels, rows, columns)
-    view = _jitter(view, parameters)
-    return _normalise(view, mean, std, dtype)
+    view = empty_views(images, len(images), size, dtype)
+    _render(view, _pixels(images), parameters, mean, std)
+    return view
 
 
 def render_plain(
@@ -194,10 +231,146 @@ def render_plain(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The whole image, resized if need be and normalised, as a trained model sees it. Shapes as in `render_view`."""
-    pixels = images.permute(0, 3, 1, 2).float().div_(255.0)
+    pixels = _pixels(images)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return _normalise(pixels, mean, std, dtype)
+    view = empty_views(images, len(images), size, dtype)
+    view.copy_(_normalise(pixels, mean, std))
+    return view
+
+
+@torch.library.custom_op("gradmix::render_views", mutates_args=())
+def _render_views(
+    images: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    partner: Tensor | None,
+    centers: Tensor | None,
+    gamma: float | None,
+    gammas: Tensor | None,
+) -> Tensor:
+    side = gamma if gammas is None else gammas
+    _check(images, first, second, size, mean, std, dtype, partner, centers, side)
+    if partner is not None:
+        check_patch_values(partner, centers, side)
+    body = _render_in_pytorch
+    if use_triton(images):
+        # Here, since it imports Triton, which a machine without a GPU need not have.
+        from data_pipeline.views_kernels import render_views as body
+    aspect = images.shape[2] / images.shape[1]
+    return body(images, _unpack(first, aspect), _unpack(second, aspect), size, mean, std, dtype, partner, centers, side)
+
+
+@_render_views.register_fake
+def _(
+    images: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    partner: Tensor | None,
+    centers: Tensor | None,
+    gamma: float | None,
+    gammas: Tensor | None,
+) -> Tensor:
+    side = gamma if gammas is None else gammas
+    _check(images, first, second, size, mean, std, dtype, partner, centers, side)
+    return empty_views(images, (2 if partner is None else 3) * len(images), size, dtype)
+
+
+def _check(
+    images: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    partner: Tensor | None,
+    centers: Tensor | None,
+    gamma: float | Tensor | None,
+) -> None:
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or images.numel() == 0:
+        raise ValueError(f"images is {shape} {images.dtype}; give (N, H, W, 1 or 3) torch.uint8, nothing of it empty")
+    if len(first) != len(second):
+        raise ValueError("one of first and second has angles; let both views rotate or neither")
+    for name, tensors in (("first", first), ("second", second)):
+        for tensor in tensors:
+            if len(tensor) != len(images):
+                raise ValueError(f"{name} has parameters of {len(tensor)} views; give {len(images)}, one an image")
+            require_device(name, tensor, images.device)
+    if size < 1:
+        raise ValueError(f"size is {size}; set it to 1 or more")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != shape[3]:
+            raise ValueError(f"{name} has {len(values)} values; give {shape[3]}, one a channel")
+    require_floats("dtype", dtype)
+    if len({argument is None for argument in (partner, centers, gamma)}) == 2:
+        raise ValueError("some of partner, centers and gamma are None; give all three or none")
+    if partner is not None:
+        check_patches(images, partner, centers, gamma)
+
+
+def _pack(parameters: ViewParameters) -> list[Tensor]:
+    """The tensors of the parameters, since an operation takes nothing but tensors and numbers."""
+    (box, flip, angle, _), *rest = parameters
+    return [box, flip, *rest] if angle is None else [box, flip, *rest, angle]
+
+
+def _unpack(tensors: Sequence[Tensor], aspect: float) -> ViewParameters:
+    box, flip, *rest = tensors
+    return ViewParameters(Geometry(box, flip, rest[4] if len(rest) > 4 else None, aspect), *rest[:4])
+
+
+def _render_in_pytorch(
+    images: Tensor,
+    first: ViewParameters,
+    second: ViewParameters,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    partner: Tensor | None,
+    centers: Tensor | None,
+    gamma: float | Tensor | None,
+) -> Tensor:
+    n, pixels = len(images), _pixels(images)
+    views = empty_views(images, (2 if partner is None else 3) * n, size, dtype)
+    _render(views[:n], pixels, first, mean, std)
+    _render(views[n : 2 * n], pixels, second, mean, std)
+    if partner is not None:
+        views[2 * n :] = views[:n]
+        paste_patches(views[2 * n :], views[:n], partner, centers, gamma)
+    return views
+
+
+def _render(
+    view: Tensor, pixels: Tensor, parameters: ViewParameters, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Write into `view` what `parameters` make of `pixels` (N, C, H, W) in [0, 1]."""
+    geometry, (top, left, height, width) = parameters.geometry, parameters.box.unbind(1)
+    if geometry.angle is not None:
+        pixels = _rotate(pixels, geometry.angle, geometry.aspect)
+    rows = resample_weights(top, height, pixels.shape[2], view.shape[2])
+    columns = resample_weights(left, width, pixels.shape[3], view.shape[3])
+    columns = torch.where(geometry.flip.view(-1, 1, 1), columns.flip(1), columns)
+    view.copy_(_normalise(_jitter(resample(pixels, rows, columns), parameters), mean, std))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float().div_(255.0)
+
+
+def empty_views(images: Tensor, count: int, size: int, dtype: torch.dtype) -> Tensor:
+    shape = (count, images.shape[3], size, size)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
 
 
 def _draw_crop(config: ViewConfig, source_size: tuple[int, int], draws: Tensor) -> Tensor:
@@ -209,7 +382,9 @@ def _draw_crop(config: ViewConfig, source_size: tuple[int, int], draws: Tensor) 
     ratio = torch.exp(low + (high - low) * ratio_draw)
     box_width, box_height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
     fits = (box_width >= 1) & (box_width <= width) & (box_height >= 1) & (box_height <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
+    # The smallest number of those that fit: argmax may return a later one when it is compiled.
+    attempts = torch.arange(_CROP_ATTEMPTS, device=draws.device)
+    first = torch.where(fits, attempts, _CROP_ATTEMPTS - 1).amin(dim=1, keepdim=True)
     box_height, box_width = box_height.gather(1, first).squeeze(1), box_width.gather(1, first).squeeze(1)
     # Where no proposal fits, the largest centred box whose ratio is allowed.
     found, source_ratio = fits.any(dim=1), width / height
@@ -232,46 +407,50 @@ def _rotate(pixels: Tensor, angle: Tensor, aspect: float) -> Tensor:
 
 
 def _jitter(view: Tensor, parameters: ViewParameters) -> Tensor:
-    """Brightness, contrast, saturation and hue in each image's own order, then grayscale.
+    """Brightness, contrast, saturation and hue in each image's own order, then grayscale; changes `view`.
 
-    The first three blend the image with black, its mean gray and its own gray. Only the order of the three and the
-    place of the hue shift among them matter, so three blends before one hue shift and three after it cover every order:
-    each image skips, by a factor of 1, the blends that are not its own.
+    Of the four places in the order, one after the other, the images with the same change there are changed together.
     """
-    colour = view.shape[1] == 3
-    hue_place = _HUE_PLACE.to(view.device)[parameters.order]
-    blends = _BLENDS.to(view.device)[parameters.order]
-    for slot in range(3):
-        view = _blend(view, blends[:, slot], parameters.factors, active=slot < hue_place)
-    if colour:
-        view = _shift_hue(view, parameters.factors[:, _HUE])
-    for slot in range(3):
-        view = _blend(view, blends[:, slot], parameters.factors, active=slot >= hue_place)
-    if colour:
-        view = torch.where(parameters.gray.view(-1, 1, 1, 1), _gray(view), view)
+    changes = [_change_brightness, _change_contrast]
+    if view.shape[1] == 3:  # one channel has neither saturation nor hue
+        changes += [_change_saturation, _shift_hue]
+    order = torch.tensor(ORDERS, device=view.device)[parameters.order]
+    for place in order.unbind(1):
+        for kind, change in enumerate(changes):
+            factor = parameters.factors[:, kind]
+            chosen = ((place == kind) & (factor != _IDENTITY[kind])).nonzero().squeeze(1)
+            view.index_copy_(0, chosen, change(view[chosen], factor[chosen].view(-1, 1, 1, 1)))
+    if view.shape[1] == 3:
+        chosen = parameters.gray.nonzero().squeeze(1)
+        view.index_copy_(0, chosen, _gray(view[chosen]).expand(-1, 3, -1, -1))
     return view
 
 
-def _blend(view: Tensor, kind: Tensor, factors: Tensor, active: Tensor) -> Tensor:
-    colour = view.shape[1] == 3
-    gray = _gray(view) if colour else view
-    factor = factors.gather(1, kind.unsqueeze(1)).squeeze(1)
-    # One channel has no saturation to change.
-    changes = active if colour else active & (kind != _SATURATION)
-    factor = torch.where(changes, factor, torch.ones_like(factor)).view(-1, 1, 1, 1)
-    kind = kind.view(-1, 1, 1, 1)
-    partner = torch.where(kind == _SATURATION, gray, gray.mean(dim=(1, 2, 3), keepdim=True))
-    partner = torch.where(kind == _BRIGHTNESS, torch.zeros_like(partner), partner)
-    return (factor * view + (1.0 - factor) * partner).clamp_(0.0, 1.0)
+def _change_brightness(view: Tensor, factor: Tensor) -> Tensor:
+    return view.mul_(factor).clamp_(0.0, 1.0)
+
+
+def _change_contrast(view: Tensor, factor: Tensor) -> Tensor:
+    return _blend(view, _gray(view).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def _change_saturation(view: Tensor, factor: Tensor) -> Tensor:
+    return _blend(view, _gray(view), factor)
+
+
+def _blend(view: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return view.mul_(factor).add_((1.0 - factor) * other).clamp_(0.0, 1.0)
 
 
 def _gray(view: Tensor) -> Tensor:
+    if view.shape[1] == 1:
+        return view
     red, green, blue = view.split(1, dim=1)
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _shift_hue(view: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` (N,) of the circle; value and saturation stay.
+    """Turn the hue of HSV by `shift` (N, 1, 1, 1) of the circle; value and saturation stay.
 
     In HSV each channel is value·(1 − saturation·m), with m a trapezoid of the hue: the channels are rebuilt from the
     new hue without the usual six cases.
@@ -279,23 +458,21 @@ def _shift_hue(view: Tensor, shift: Tensor) -> Tensor:
     value, low = view.amax(dim=1), view.amin(dim=1)
     chroma = value - low
     red, green, blue = view.unbind(1)
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    safe = torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(
         value == red,
         ((green - blue) / safe) % 6.0,
         torch.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
-    hue = hue + 6.0 * shift.view(-1, 1, 1)
-    channels = []
-    for offset in (5.0, 3.0, 1.0):
+    hue = hue + 6.0 * shift.squeeze(1)
+    for channel, offset in zip((red, green, blue), (5.0, 3.0, 1.0)):
         place = (offset + hue) % 6.0
-        channels.append(value - chroma * torch.minimum(place, 4.0 - place).clamp(0.0, 1.0))
-    shifted = torch.stack(channels, dim=1)
-    # A shift of zero returns the very same pixels, not the same up to rounding.
-    return torch.where((shift == 0).view(-1, 1, 1, 1), view, shifted)
+        torch.sub(value, torch.minimum(place, 4.0 - place).clamp_(0.0, 1.0).mul_(chroma), out=channel)
+    return view
 
 
-def _normalise(view: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def _normalise(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(view − mean) / std, in place."""
     mean_tensor = torch.tensor(mean, device=view.device).view(1, -1, 1, 1)
     std_tensor = torch.tensor(std, device=view.device).view(1, -1, 1, 1)
-    return ((view - mean_tensor) / std_tensor).to(dtype, memory_format=torch.channels_last)
+    return view.sub_(mean_tensor).div_(std_tensor)

@@ -179,10 +179,9 @@ def test_the_step_makes_one_forward_pass_of_all_views(config):
 def test_same_step_peaks_leave_gradients_and_statistics_alone(config):
     trainer = new_trainer(dataclasses.replace(config, mixing=MixingConfig(peaks_from="same_step")))
     batch = next(iter(trainer.loader.epoch(0)))
-    first, _ = trainer.view(batch, 0, 0)
-    second, _ = trainer.view(batch, 0, 1)
+    views = trainer.render(batch, trainer.parameters(batch, 0, 0), trainer.parameters(batch, 0, 1))
     before = weights(trainer)
-    centers = trainer.same_step_peaks(batch, first, second, 0)
+    centers = trainer.same_step_peaks(batch, views, 0)
     assert centers.shape == (115, 1, 2) and not centers.isnan().all()
     assert all(parameter.grad is None for parameter in trainer.engine.module.parameters())
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())

@@ -33,6 +33,8 @@ def random_images(n: int, height: int, width: int, channels: int = 3) -> torch.T
 def torchvision_view(image: torch.Tensor, parameters, i: int, size: int) -> torch.Tensor:
     """The same view through torchvision, from one uint8 (H, W, C) image."""
     x = image.permute(2, 0, 1).float() / 255
+    if parameters.geometry.angle is not None:
+        x = V.rotate(x, math.degrees(parameters.geometry.angle[i]), V.InterpolationMode.BILINEAR)
     top, left, height, width = parameters.box[i].tolist()
     x = V.resized_crop(x, top, left, height, width, [size, size], antialias=True)
     if parameters.geometry.flip[i]:
@@ -52,9 +54,11 @@ def torchvision_view(image: torch.Tensor, parameters, i: int, size: int) -> torc
 
 
 @pytest.mark.parametrize(("height", "width", "size", "channels"), [(32, 32, 32, 3), (37, 23, 19, 3), (9, 31, 13, 1)])
-def test_views_equal_torchvisions_transforms(height, width, size, channels):
+@pytest.mark.parametrize("rotation", [0.0, 40.0])
+def test_views_equal_torchvisions_transforms(height, width, size, channels, rotation):
     images = random_images(48, height, width, channels)
-    parameters = draw_parameters(ViewConfig(), (height, width), torch.arange(48), seed=7, epoch=3, view=1)
+    config = ViewConfig(rotation=rotation)
+    parameters = draw_parameters(config, (height, width), torch.arange(48), seed=7, epoch=3, view=1)
     mean, std = (0.4,) * channels, (0.2,) * channels
     views = render_view(images, parameters, size=size, mean=mean, std=std)
     assert views.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,517 @@
+"""`data_pipeline.views.render_views` as one Triton kernel: its pieces, from source pixel to patch, and its launcher.
+
+A program renders one view of one image, tile by tile, from the uint8 source to finished values, and writes nothing
+else. What two programs need, both compute. What needs a whole view at once, the mean gray that contrast refers to,
+comes from the tile where a view is a single one, and otherwise from a pass of its own.
+
+Shapes: N images, C channels, source H×W, view SIZE×SIZE, P patches per image. Places are (y, x) in [0, 1]. `pixels` are
+three tensors, red, green and blue; where C is 1, all three are the one channel. Tiles are (columns, rows): of a layout
+that nothing else decides, the compiler puts neighbouring threads along the first axis, and pixels of a row are
+neighbours in memory.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from data_pipeline import views as pytorch
+from data_pipeline.views import ViewParameters
+
+BRIGHTNESS = tl.constexpr(pytorch.BRIGHTNESS)
+CONTRAST = tl.constexpr(pytorch.CONTRAST)
+SATURATION = tl.constexpr(pytorch.SATURATION)
+HUE = tl.constexpr(pytorch.HUE)
+LUMA = tl.constexpr(pytorch.LUMA)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Side of the largest view that is a single tile, and of the tiles of a larger one; further, registers run out.
+LARGEST_WHOLE, TILE = 64, 32
+# Pixels of a tile that a thread has, as far as 16 warps allow, and its registers: enough to hide the time that loads
+# take, few enough for two programs or more of up to 8 warps to share a multiprocessor.
+PIXELS_PER_THREAD, REGISTERS = 4, 128
+
+
+@triton.jit
+def _render_views_kernel(
+    views,
+    images,
+    first,
+    second,
+    partner,
+    centers,
+    gamma,
+    N,
+    P,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    GAMMA_PER_IMAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    PATCH_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`data_pipeline.views.render_views`: program (n, block) renders image n as `first` or `second` says.
+
+    Block 0 writes x¹ into its own place and into x̃ where no patch covers it; block 2 renders x¹ of the partner and
+    writes the patches. Every value has one writer, so that the order of the programs does not matter.
+    """
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    source = n
+    if BLOCKS == 3 and block == 2:
+        source = tl.load(partner + n)
+    if block == 1:
+        crop, colour = _load_parameters(second, source, ROTATED)
+    else:
+        crop, colour = _load_parameters(first, source, ROTATED)
+    image = images + source * (H * W * C)
+    TILES: tl.constexpr = (SIZE + TILE - 1) // TILE
+    mean_gray = 0.0
+    if TILES > 1 and colour[2] != 1.0:
+        for tile in range(TILES * TILES):
+            y, x = _tile(tile // TILES, tile % TILES, TILE)
+            pixels = _crop(image, crop, y, x, H, W, C, SIZE, ROTATED)
+            inside = (x < SIZE)[:, None] & (y < SIZE)[None, :]
+            pixels = _jitter(pixels, colour, 0.0, inside, _place(colour, CONTRAST), C, SIZE, False)
+            mean_gray += tl.sum(tl.where(inside, _gray(pixels, C), 0.0)) / (SIZE * SIZE)
+    view = views + (block * N + n) * (SIZE * SIZE * C)
+    mixed = views + (2 * N + n) * (SIZE * SIZE * C)
+    side = 1
+    if BLOCKS == 3:
+        centers += n * P * 2
+        side = _patch_side(tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma, SIZE)
+    # A view is one part, of all its tiles; a patch has a part for each of its own tiles, of the view's tiles under it.
+    parts = tl.where(block == 2, tl.cdiv(side, PATCH_TILE), 1)
+    for part in range(parts * parts):
+        row, column = _tile(part // parts, part % parts, PATCH_TILE)
+        first_y, end_y = 0, TILES
+        first_x, end_x = 0, TILES
+        if BLOCKS == 3 and block == 2:
+            first_y, end_y = _tiles_under(part // parts, side, SIZE, TILE, PATCH_TILE)
+            first_x, end_x = _tiles_under(part % parts, side, SIZE, TILE, PATCH_TILE)
+        patch = (_zeros(PATCH_TILE), _zeros(PATCH_TILE), _zeros(PATCH_TILE))
+        for tile_y in range(first_y, end_y):
+            for tile_x in range(first_x, end_x):
+                y, x = _tile(tile_y, tile_x, TILE)
+                pixels = _render(image, crop, colour, mean_gray, y, x, H, W, C, SIZE, MEAN, STD, ROTATED, TILES == 1)
+                if block < 2:
+                    _store(view, pixels, y[None, :], x[:, None], True, SIZE, C)
+                if BLOCKS == 3:
+                    if block == 0:
+                        covered = _covered(y[None, :], x[:, None], 0, P, centers, side, SIZE)
+                        _store(mixed, pixels, y[None, :], x[:, None], ~covered, SIZE, C)
+                    elif block == 2:
+                        weight_x, weight_y = _patch_weights(column, x, side, SIZE), _patch_weights(row, y, side, SIZE)
+                        patch = _add_resized(patch, pixels, weight_x, weight_y, views.dtype.element_ty, C, PRECISION)
+        if BLOCKS == 3 and block == 2:
+            total_y = _total_patch_weight(row, side, SIZE, TILE)
+            total_x = _total_patch_weight(column, side, SIZE, TILE)
+            total = tl.maximum(total_x[:, None] * total_y[None, :], TINY)
+            patch = (patch[0] / total, patch[1] / total, patch[2] / total)
+            inside = (column < side)[:, None] & (row < side)[None, :]
+            for p in range(P):
+                top, left = _corner(centers, p, side, SIZE)
+                y, x = (top + row)[None, :], (left + column)[:, None]
+                hidden = _covered(y, x, p + 1, P, centers, side, SIZE)
+                _store(mixed, patch, y, x, inside & ~hidden, SIZE, C)
+
+
+@triton.jit
+def _load_parameters(parameters, n, ROTATED: tl.constexpr):
+    """Of view n: (top, left, height, width, flip, sine, cosine) of its crop and (order, brightness, contrast,
+    saturation, hue, gray) of its colours."""
+    box, flip, factors, order, gray = parameters[0], parameters[1], parameters[2], parameters[3], parameters[4]
+    box += 4 * n
+    factors += 4 * n
+    angle = tl.load(parameters[5] + n) if ROTATED else 0.0
+    crop = (
+        tl.load(box).to(tl.float32),
+        tl.load(box + 1).to(tl.float32),
+        tl.load(box + 2).to(tl.float32),
+        tl.load(box + 3).to(tl.float32),
+        tl.load(flip + n),
+        tl.sin(angle) if ROTATED else 0.0,
+        tl.cos(angle) if ROTATED else 1.0,
+    )
+    colour = (
+        tl.load(order + n).to(tl.int32),
+        tl.load(factors),
+        tl.load(factors + 1),
+        tl.load(factors + 2),
+        tl.load(factors + 3),
+        tl.load(gray + n),
+    )
+    return crop, colour
+
+
+@triton.jit
+def _tile(tile_y, tile_x, TILE: tl.constexpr):
+    """Rows and columns of a tile."""
+    return tile_y * TILE + tl.arange(0, TILE), tile_x * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def _render(
+    image,
+    crop,
+    colour,
+    mean_gray,
+    y,
+    x,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+    ROTATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Finished pixels of the view at rows y and columns x."""
+    inside = (x < SIZE)[:, None] & (y < SIZE)[None, :]
+    pixels = _crop(image, crop, y, x, H, W, C, SIZE, ROTATED)
+    red, green, blue = _jitter(pixels, colour, mean_gray, inside, 4, C, SIZE, WHOLE)
+    if C == 3:
+        gray = _gray((red, green, blue), C)
+        red, green, blue = (
+            tl.where(colour[5], gray, red),
+            tl.where(colour[5], gray, green),
+            tl.where(colour[5], gray, blue),
+        )
+    return (red - MEAN[0]) / STD[0], (green - MEAN[C // 2]) / STD[C // 2], (blue - MEAN[C - 1]) / STD[C - 1]
+
+
+@triton.jit
+def _crop(
+    image,
+    crop,
+    y,
+    x,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """The source in [0, 1], rotated, cropped, resized and flipped, at rows y and columns x of the view.
+
+        pixel[y, x] = Σ w(s, y)·w(t, x)·source[s, t] / Σ w(s, y)·w(t, x)
+
+    See `_weight` for w. Outside of the view, pixels are 0.
+    """
+    top, left, height, width, flip, sine, cosine = crop
+    x = tl.where(flip, SIZE - 1 - x, x)
+    center_y, support_y, first_y = _filter(y, top, height, SIZE)
+    center_x, support_x, first_x = _filter(x, left, width, SIZE)
+    # A filter is open at both ends and at most twice as wide as `support`: so many source pixels have a weight.
+    TAPS_Y: tl.constexpr = (2 * H + SIZE - 1) // SIZE if H > SIZE else 2
+    TAPS_X: tl.constexpr = (2 * W + SIZE - 1) // SIZE if W > SIZE else 2
+    red = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
+    green, blue = red, red
+    total_y = tl.zeros((y.shape[0],), tl.float32)
+    total_x = tl.zeros((x.shape[0],), tl.float32)
+    for tap_x in tl.static_range(TAPS_X):
+        total_x += _weight(first_x + tap_x, center_x, support_x, left, width)
+    for tap_y in tl.range(TAPS_Y, loop_unroll_factor=2):
+        source_y = first_y + tap_y
+        weight_y = _weight(source_y, center_y, support_y, top, height)
+        total_y += weight_y
+        for tap_x in tl.static_range(TAPS_X):
+            source_x = first_x + tap_x
+            weight = _weight(source_x, center_x, support_x, left, width)[:, None] * weight_y[None, :]
+            if ROTATED:
+                pixels = _load_rotated(image, source_y[None, :], source_x[:, None], sine, cosine, H, W, C)
+            else:
+                pixels = _load_pixels(image, source_y[None, :], source_x[:, None], H, W, C)
+            red += weight * pixels[0]
+            green += weight * pixels[1]
+            blue += weight * pixels[2]
+    total = tl.maximum(total_x[:, None] * total_y[None, :] * 255.0, TINY)
+    return red / total, green / total, blue / total
+
+
+@triton.jit
+def _filter(output, start, length, SIZE: tl.constexpr):
+    """Where in the source the filters of output pixels lie: center, half width and first source pixel, when SIZE
+    pixels are made of those from `start` on."""
+    scale = tl.div_rn(length, SIZE + 0.0)
+    center = start + scale * (output + 0.5)
+    support = tl.maximum(scale, 1.0)
+    return center, support, tl.floor(center - support + 0.5).to(tl.int32)
+
+
+@triton.jit
+def _weight(source, center, support, start, length):
+    """w(source) = max(0, 1 − |source + ½ − center| / support), inside of the crop; see `resample_weights`."""
+    middle = source + 0.5
+    inside = (middle > start) & (middle < start + length)
+    return tl.where(inside, tl.maximum(1.0 - tl.div_rn(tl.abs(middle - center), support), 0.0), 0.0)
+
+
+@triton.jit
+def _load_pixels(image, y, x, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Source pixels, 0 to 255, and 0 outside of the source."""
+    place = image + (y * W + x) * C
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    red = tl.load(place, mask=inside, other=0).to(tl.float32)
+    green, blue = red, red
+    if C == 3:
+        green = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
+        blue = tl.load(place + 2, mask=inside, other=0).to(tl.float32)
+    return red, green, blue
+
+
+@triton.jit
+def _load_rotated(image, y, x, sine, cosine, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Pixels (y, x) of the source turned about its centre, bilinearly between those of the source."""
+    right, down = x + 0.5 - 0.5 * W, y + 0.5 - 0.5 * H
+    source_x = right * cosine - down * sine + (0.5 * W - 0.5)
+    source_y = right * sine + down * cosine + (0.5 * H - 0.5)
+    left, top = tl.floor(source_x), tl.floor(source_y)
+    across, along = source_x - left, source_y - top
+    red = tl.zeros(across.shape, tl.float32)
+    green, blue = red, red
+    for corner in tl.static_range(4):
+        weight = (along if corner // 2 else 1.0 - along) * (across if corner % 2 else 1.0 - across)
+        y, x = top.to(tl.int32) + corner // 2, left.to(tl.int32) + corner % 2
+        pixels = _load_pixels(image, y, x, H, W, C)
+        red += weight * pixels[0]
+        green += weight * pixels[1]
+        blue += weight * pixels[2]
+    return red, green, blue
+
+
+@triton.jit
+def _jitter(pixels, colour, mean_gray, inside, stop, C: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """The first `stop` of brightness, contrast, saturation and hue in the image's own order.
+
+    The mean gray of the view as contrast finds it is `mean_gray`, or where the pixels are the WHOLE view, their own.
+    """
+    red, green, blue = pixels
+    for place in range(stop):
+        kind = _kind(colour[0], place)
+        if kind == HUE:
+            # A shift of zero returns the very same pixels, not the same up to rounding.
+            if C == 3 and colour[4] != 0:
+                red, green, blue = _shift_hue(red, green, blue, colour[4])
+        elif C == 3 or kind != SATURATION:
+            factor = tl.where(kind == BRIGHTNESS, colour[1], tl.where(kind == CONTRAST, colour[2], colour[3]))
+            gray = _gray((red, green, blue), C)
+            other = tl.where(kind == BRIGHTNESS, 0.0, gray)
+            if kind == CONTRAST:
+                if WHOLE:
+                    mean_gray = tl.sum(tl.where(inside, gray, 0.0)) / (SIZE * SIZE)
+                other = tl.zeros_like(gray) + mean_gray
+            other *= 1.0 - factor
+            red = _clamp(factor * red + other)
+            green = _clamp(factor * green + other)
+            blue = _clamp(factor * blue + other)
+    return red, green, blue
+
+
+@triton.jit
+def _kind(order, place):
+    """What comes at a place (0 to 3) of an order: `ORDERS` lists all permutations alphabetically."""
+    first = order // 6
+    second = order % 6 // 2
+    second += (second >= first).to(tl.int32)
+    # Of the two that are left: the smaller and the larger.
+    least, most = tl.minimum(first, second), tl.maximum(first, second)
+    low = tl.where(least > 0, 0, tl.where(most == 1, 2, 1))
+    high = 6 - first - second - low
+    later = tl.where((place == 2) == (order % 2 == 0), low, high)
+    return tl.where(place == 0, first, tl.where(place == 1, second, later))
+
+
+@triton.jit
+def _place(colour, kind):
+    """The place of a change in the image's order."""
+    place = 0
+    for candidate in tl.static_range(1, 4):
+        place = tl.where(_kind(colour[0], candidate) == kind, candidate, place)
+    return place
+
+
+@triton.jit
+def _gray(pixels, C: tl.constexpr):
+    if C == 1:
+        return pixels[0]
+    else:
+        return LUMA[0] * pixels[0] + LUMA[1] * pixels[1] + LUMA[2] * pixels[2]
+
+
+@triton.jit
+def _clamp(value):
+    return tl.minimum(tl.maximum(value, 0.0), 1.0)
+
+
+@triton.jit
+def _shift_hue(red, green, blue, shift):
+    """See `data_pipeline.views._shift_hue`."""
+    value = tl.maximum(tl.maximum(red, green), blue)
+    chroma = value - tl.minimum(tl.minimum(red, green), blue)
+    safe = tl.where(chroma > 0, chroma, 1.0)
+    hue = tl.where(
+        value == red,
+        (green - blue) / safe,
+        tl.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
+    )
+    hue += 6.0 * shift
+    return (
+        _hue_channel(value, chroma, hue + 5.0),
+        _hue_channel(value, chroma, hue + 3.0),
+        _hue_channel(value, chroma, hue + 1.0),
+    )
+
+
+@triton.jit
+def _hue_channel(value, chroma, place):
+    place -= 6.0 * tl.floor(place / 6.0)
+    return value - chroma * _clamp(tl.minimum(place, 4.0 - place))
+
+
+@triton.jit
+def _store(view, pixels, y, x, mask, SIZE: tl.constexpr, C: tl.constexpr):
+    """Write pixels to (y, x) of a view in channels_last, cast to its dtype."""
+    mask &= (y < SIZE) & (x < SIZE)
+    for channel in tl.static_range(C):
+        tl.store(view + (y * SIZE + x) * C + channel, pixels[channel].to(view.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_side(ratio, SIZE: tl.constexpr):
+    """⌊γ·SIZE + ½⌋, at least 1 and at most SIZE."""
+    return tl.minimum(tl.maximum(tl.floor(ratio * SIZE + 0.5), 1.0), SIZE).to(tl.int32)
+
+
+@triton.jit
+def _corner(centers, p, side, SIZE: tl.constexpr):
+    """Top and left of patch p."""
+    y, x = tl.load(centers + 2 * p).to(tl.float32), tl.load(centers + 2 * p + 1).to(tl.float32)
+    top = tl.floor(y * SIZE - side.to(tl.float32) * 0.5 + 0.5)
+    left = tl.floor(x * SIZE - side.to(tl.float32) * 0.5 + 0.5)
+    # Clamped before they become integers, which have no room for every float.
+    last = (SIZE - side).to(tl.float32)
+    top, left = tl.minimum(tl.maximum(top, 0.0), last), tl.minimum(tl.maximum(left, 0.0), last)
+    return top.to(tl.int32), left.to(tl.int32)
+
+
+@triton.jit
+def _covered(y, x, first, P, centers, side, SIZE: tl.constexpr):
+    """Whether one of the patches first, …, P − 1 covers (y, x)."""
+    covered = (y < 0) & (x < 0)
+    for p in range(first, P):
+        top, left = _corner(centers, p, side, SIZE)
+        covered |= (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
+    return covered
+
+
+@triton.jit
+def _tiles_under(patch_tile, side, SIZE: tl.constexpr, TILE: tl.constexpr, PATCH_TILE: tl.constexpr):
+    """Along one axis, the first tile of the view that has a weight in a tile of the patch, and the end of them."""
+    first = patch_tile * PATCH_TILE
+    last = tl.minimum(first + PATCH_TILE, side) - 1
+    first_pixel = tl.maximum((2 * first - 1) * SIZE, 0) // (2 * side)
+    last_pixel = tl.minimum((2 * last + 3) * SIZE // (2 * side), SIZE - 1)
+    return first_pixel // TILE, last_pixel // TILE + 1
+
+
+@triton.jit
+def _patch_weights(pixel, source, side, SIZE: tl.constexpr):
+    """How source pixels weigh in patch pixels when SIZE pixels become `side`: max(0, 1 − |(source + ½)·side/SIZE −
+    (pixel + ½)|), times 2·SIZE, which makes it a whole number."""
+    distance = tl.abs((2 * source + 1)[None, :] * side - (2 * pixel + 1)[:, None] * SIZE)
+    return tl.where((source < SIZE)[None, :], tl.maximum(2 * SIZE - distance, 0), 0).to(tl.float32)
+
+
+@triton.jit
+def _total_patch_weight(pixel, side, SIZE: tl.constexpr, TILE: tl.constexpr):
+    total = tl.zeros(pixel.shape, tl.float32)
+    for first in range(0, SIZE, TILE):
+        total += tl.sum(_patch_weights(pixel, first + tl.arange(0, TILE), side, SIZE), axis=1)
+    return total
+
+
+@triton.jit
+def _add_resized(patch, pixels, weight_x, weight_y, dtype: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """patch + weight_x · pixels · weight_yᵀ, of pixels as they are stored."""
+    red, green, blue = patch
+    # A loop that is not unrolled, since the products of one channel fill the registers.
+    for channel in range(C):
+        values = tl.where(channel == 0, pixels[0], tl.where(channel == 1, pixels[1], pixels[2])).to(dtype)
+        strip = tl.dot(weight_x, values.to(tl.float32), input_precision=PRECISION)
+        resized = tl.dot(strip, tl.trans(weight_y), input_precision=PRECISION)
+        red += tl.where(channel == 0, resized, 0.0)
+        green += tl.where(channel == 1, resized, 0.0)
+        blue += tl.where(channel == 2, resized, 0.0)
+    return red, green, blue
+
+
+@triton.jit
+def _zeros(SIDE: tl.constexpr):
+    return tl.zeros((SIDE, SIDE), tl.float32)
+
+
+def render_views(
+    images: Tensor,
+    first: ViewParameters,
+    second: ViewParameters,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    partner: Tensor | None,
+    centers: Tensor | None,
+    gamma: float | Tensor | None,
+) -> Tensor:
+    """See `data_pipeline.views.render_views`; tensors that are not contiguous are copied first."""
+    n, height, width, channels = images.shape
+    blocks = 2 if partner is None else 3
+    views = pytorch.empty_views(images, blocks * n, size, dtype)
+    whole = size <= LARGEST_WHOLE
+    tile = max(triton.next_power_of_2(size), 16) if whole else TILE
+    with torch.cuda.device_of(images):
+        _render_views_kernel[(n * blocks,)](
+            views,
+            images.contiguous(),
+            _tensors(first),
+            _tensors(second),
+            partner if partner is None else partner.contiguous(),
+            centers if centers is None else centers.contiguous(),
+            gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
+            n,
+            centers.shape[1] if centers is not None else 0,
+            H=height,
+            W=width,
+            C=channels,
+            SIZE=size,
+            MEAN=tuple(mean),
+            STD=tuple(std),
+            BLOCKS=blocks,
+            ROTATED=first.geometry.angle is not None,
+            GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
+            TILE=tile,
+            # Of a view of one tile, a patch of up to half its side is one as well, and no pixel is rendered twice.
+            PATCH_TILE=max(tile // 2, 16) if whole else TILE,
+            # Pixels of 16 bits and weights, whole numbers, are exact in TF32; of 32 bits, three products are.
+            PRECISION="tf32x3" if dtype is torch.float32 else "tf32",
+            num_warps=min(tile * tile // (32 * PIXELS_PER_THREAD), 16),
+            maxnreg=REGISTERS,
+            # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
+            enable_fp_fusion=False,
+        )
+    return views
+
+
+def _tensors(parameters: ViewParameters) -> tuple[Tensor, ...]:
+    """In the order in which `_load_parameters` reads them."""
+    (_, flip, angle, _), box, *rest = parameters
+    tensors = (box, flip, *rest) if angle is None else (box, flip, *rest, angle)
+    return tuple(tensor.contiguous() for tensor in tensors)
