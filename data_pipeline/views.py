@@ -369,6 +369,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def empty_views(images: Tensor, count: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Room for `count` views (count, C, size, size) of images (N, H, W, C), where the images are."""
     shape = (count, images.shape[3], size, size)
     return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
 
@@ -409,7 +410,8 @@ def _rotate(pixels: Tensor, angle: Tensor, aspect: float) -> Tensor:
 def _jitter(view: Tensor, parameters: ViewParameters) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, then grayscale; changes `view`.
 
-    Of the four places in the order, one after the other, the images with the same change there are changed together.
+    Of the four places in the order, one after the other, the images with the same change there are changed together:
+    each image is only touched by what changes it. On a GPU, the host waits to learn which these are.
     """
     changes = [_change_brightness, _change_contrast]
     if view.shape[1] == 3:  # one channel has neither saturation nor hue
