@@ -17,6 +17,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import Value
 from pathlib import Path
@@ -256,8 +257,8 @@ def write_partition(
     if len(indices) == 0:
         raise InputError(f"partition {partition} of {protocol.name} has no image left: check the data at --root")
 
-    with replacing(beton) as partial:
-        images = _decode_ahead(source, indices, encoding.image_size)
+    # Closed here: left to the garbage collector, the pool could be shut down by a thread that it waits for.
+    with replacing(beton) as partial, closing(_decode_ahead(source, indices, encoding.image_size)) as images:
         _write_ffcv(partial, images, labels, encoding, progress)
         finished = Manifest(
             **{
