@@ -1,290 +1,315 @@
-"""FFCV files (.beton), one per partition of a protocol, each with a manifest that says what is in it.
+"""Builds: the FFCV files (.beton) of a protocol, one for each partition, in a folder with a manifest of what they hold.
 
-    data/cifar10-0-32px-raw/train.beton          images, labels, indices
-    data/cifar10-0-32px-raw/train.beton.json     the manifest, written last: without it the file does not count
+    data/cifar10-0-32px-raw/train.beton      images, labels, indices
+                            calibration.beton  test_known.beton  test_unknown.beton
+                            manifest.json    split, source, encoding, class names; counts and checksum of each file
 
-A file is written under a temporary name, completed, checksummed and renamed, so an interrupted build leaves nothing
-that looks whole. Three fields per sample: `image` (H, W, 3) uint8, `label` int64 (-1 for unknown) and `index`, its
-place in the file, which is the name by which training remembers what it learned about an image.
+A build is made whole under another name and then takes the place of an older one, so that the files of a folder always
+belong together: an interrupted build leaves the older one, or none.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import dataclasses
+import fcntl
+import functools
 import hashlib
-import queue
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import Value
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json, replacing, write_json
-from data_pipeline.protocols import Protocol
+from data_pipeline.ffcv_writer import Encoding, WriteMode, write_ffcv
+from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
+from data_pipeline.protocols import Partition, Protocol
 from data_pipeline.sources import CorruptImageError, Source
 
-WriteMode = Literal["raw", "jpg", "smart"]
+MANIFEST = "manifest.json"
 
-_FORMAT = 1
-_SMALL_PAGE = 1 << 21
+_FORMAT = 2
 _CHECKSUM_LIMIT = 1 << 30
-_DECODE_THREADS = 4
-_DECODE_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """How images are stored.
+class FileRecord:
+    """What one file of a build holds."""
 
-    raw keeps every pixel (3·size² bytes each), jpg compresses, smart compresses the images that raw would store in more
-    than `SMART_THRESHOLD` bytes.
-    """
-
-    image_size: int
-    write_mode: WriteMode = "raw"
-    quality: int = 90
-
-    SMART_THRESHOLD = 64 * 64 * 3
-
-    def __post_init__(self) -> None:
-        if not 8 <= self.image_size <= 1024:
-            raise InputError(f"image size is {self.image_size}; set it within 8 to 1024 pixels")
-        if not 1 <= self.quality <= 100:
-            raise InputError(f"jpeg quality is {self.quality}; set it within 1 to 100")
-
-    @property
-    def name(self) -> str:
-        return self.write_mode if self.write_mode == "raw" else f"{self.write_mode}{self.quality}"
+    count: int
+    class_counts: tuple[int, ...]
+    """Images of each known class, in the order of `class_names`; none for a file of unknown ones."""
+    skipped: tuple[str, ...]
+    """Images that were left out because they could not be read."""
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a .beton file holds. `bytes` and `sha256` are of the finished file; the rest is what was asked for."""
+    """What a build is of (`manifest.json`)."""
 
     format: int
-    partition: str
     protocol: dict[str, Any]
     split_hash: str
-    source: str
+    sources: dict[str, str]
+    """For each partition, the kind of its source and the fingerprint of the images there were."""
     image_size: int
     channels: int
     write_mode: WriteMode
     quality: int
     class_names: tuple[str, ...]
-    count: int
-    class_counts: tuple[int, ...]
-    """Images of each known class, in the order of `class_names`."""
-    skipped: tuple[str, ...] = ()
-    bytes: int = 0
-    sha256: str = ""
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    """By partition: train, calibration, test_known and, where there are unknown classes, test_unknown."""
 
     def same_request(self, other: Manifest) -> bool:
         """Whether both describe the same images stored in the same way, whatever came of it."""
+        return dataclasses.replace(self, files={}) == dataclasses.replace(other, files={})
 
-        def request(manifest: Manifest) -> dict[str, Any]:
-            outcome = ("count", "class_counts", "skipped", "bytes", "sha256")
-            return {name: value for name, value in asdict(manifest).items() if name not in outcome}
 
-        return request(self) == request(other)
+@dataclass(frozen=True)
+class Build:
+    """A folder of files that belong together. `find_build` and `find_split` make sure that all of them are there."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol.from_dict(self.manifest.protocol)
+
+    def __contains__(self, partition: str) -> bool:
+        return partition in self.manifest.files
+
+    def record(self, partition: str) -> FileRecord:
+        return self.manifest.files[partition]
+
+    def file(self, partition: str) -> Path:
+        """The partition's file, after making sure that it is the one the manifest describes.
+
+        The size is always compared, the checksum for files up to 1 GiB (a second of reading).
+
+        Raises:
+            InputError: it is missing, truncated, damaged or another file.
+        """
+        path, record = self._path(partition), self.record(partition)
+        if not path.is_file():
+            raise InputError(f"{path} is missing though {MANIFEST} lists it: build it again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise InputError(f"{path} has {size} bytes, {MANIFEST} says {record.bytes}: truncated; build it again")
+        if size <= _CHECKSUM_LIMIT and _sha256(path) != record.sha256:
+            raise InputError(f"{path} does not match its checksum in {MANIFEST}: damaged or foreign; build it again")
+        return path
+
+    def check_complete(self) -> None:
+        """Raise `InputError` unless the file of every partition of the protocol is there with its right size."""
+        for partition in self.protocol.partitions:
+            path = self._path(partition)
+            if partition not in self or not path.is_file():
+                raise InputError(f"{path} is missing: build the folder again")
+            if path.stat().st_size != self.record(partition).bytes:
+                raise InputError(f"{path} is not the file that {MANIFEST} describes: build the folder again")
+
+    def _path(self, partition: str) -> Path:
+        return self.folder / f"{partition}.beton"
 
 
 def folder_name(protocol: Protocol, encoding: Encoding) -> str:
     """Where a protocol's files go below the data folder; the encoding is in the name since it can change results."""
+    # A published split is known by its number; of custom ones, each set of classes is another.
+    split = protocol.split_hash[:8] if protocol.classes.dataset == "custom" else str(protocol.split)
     limit = protocol.classes.train_images
     subset = "" if limit is None else f"-{limit}images"
-    return f"{protocol.name}-{protocol.split}-{encoding.image_size}px-{encoding.name}{subset}"
+    return f"{protocol.name}-{split}-{encoding.image_size}px-{encoding.name}{subset}"
 
 
-def manifest_path(beton: Path) -> Path:
-    return beton.with_name(beton.name + ".json")
-
-
-def read_manifest(beton: Path) -> Manifest:
-    """The manifest of a finished file; raises `InputError` when there is none or it is of another kind."""
-    path = manifest_path(beton)
+def read_build(folder: Path) -> Build:
+    """The build in `folder`; raises `InputError` when there is none, or one of another version."""
+    path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{beton} has no manifest {path.name}: it is unfinished or foreign; build it again")
+        raise InputError(f"{folder} has no {MANIFEST}: it is unfinished or foreign; build it again")
     record = read_json(path, "manifest")
     try:
-        lists = ("class_names", "class_counts", "skipped")
-        manifest = Manifest(**{**record, **{name: tuple(record[name]) for name in lists}})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{path} is not a manifest of this project: build the file again") from error
-    if manifest.format != _FORMAT:
-        raise InputError(f"{path} has format {manifest.format}, this version reads {_FORMAT}: build the file again")
-    return manifest
+        if record["format"] != _FORMAT:
+            raise InputError(f"{path} has format {record['format']}, this version reads {_FORMAT}: build it again")
+        files = {
+            name: FileRecord(**{**file, **{key: tuple(file[key]) for key in ("class_counts", "skipped")}})
+            for name, file in record["files"].items()
+        }
+        manifest = Manifest(**{**record, "class_names": tuple(record["class_names"]), "files": files})
+        split_hash = Protocol.from_dict(manifest.protocol).split_hash
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a manifest of this project: build the folder again") from error
+    if split_hash != manifest.split_hash:
+        raise InputError(f"{path} is of a version that split images in another way: build the folder again")
+    return Build(folder, manifest)
 
 
-def verify(beton: Path) -> Manifest:
-    """The manifest of `beton`, after making sure that the file is the one it describes.
-
-    The size is always compared, the checksum for files up to 1 GiB (a second of reading).
-    """
-    manifest = read_manifest(beton)
-    if not beton.is_file():
-        raise InputError(f"{beton} is missing though its manifest is there: build it again")
-    size = beton.stat().st_size
-    if size != manifest.bytes:
-        raise InputError(f"{beton} has {size} bytes, its manifest says {manifest.bytes}: truncated; build it again")
-    if size <= _CHECKSUM_LIMIT and _sha256(beton) != manifest.sha256:
-        raise InputError(f"{beton} does not match the checksum in its manifest: damaged or foreign; build it again")
-    return manifest
-
-
-def find_build(data: Path, name: str, split: int) -> tuple[Protocol, Path]:
-    """The protocol of that name and split as it was built at or below `data`, and the folder of its files.
+def find_build(data: Path, name: str, split: int) -> Build:
+    """The build of the protocol of that name and split at or below `data`, all its files there.
 
     Raises:
-        InputError: there is no such build, or there are several.
+        InputError: there is no such build, there are several, or it is not whole.
     """
     builds = _builds(data)
-    matching = [
-        folder
-        for folder, manifest in builds.items()
-        if (manifest.protocol["name"], manifest.protocol["split"]) == (name, split)
-    ]
-    folder = _only(matching, f"protocol {name}, split {split}")
-    if folder is None and data in builds:
-        other = builds[data].protocol
+    matching = [b for b in builds if (b.protocol.name, b.protocol.split) == (name, split)]
+    if not matching and builds and builds[0].folder == data:
+        other = builds[0].protocol
         raise InputError(
-            f"{data} holds protocol {other['name']}, split {other['split']}, not {name}, split {split}: "
+            f"{data} holds protocol {other.name}, split {other.split}, not {name}, split {split}: "
             "give the folder of the protocol you mean"
         )
-    if folder is None:
-        raise InputError(
-            f"no files of protocol {name}, split {split} in {data}: "
-            f"run python -m data_pipeline.build --protocol {name} --split {split} --out {data}"
-        )
-    return Protocol.from_dict(builds[folder].protocol), folder
+    return _only(
+        matching,
+        f"protocol {name}, split {split}",
+        f"no files of protocol {name}, split {split} in {data}: run python -m data_pipeline.build {_options(name)} "
+        f"--split {split} --out {data}",
+    )
 
 
-def find_folder(data: Path, protocol: Protocol) -> Path:
-    """The folder at or below `data` whose files are of the very split `protocol`, whatever their encoding.
+def find_split(data: Path, protocol: Protocol) -> Build:
+    """The build at or below `data` whose files are of the very split `protocol`, whatever their encoding.
 
     Raises:
-        InputError: there is no such folder, or there are several.
+        InputError: there is no such build, there are several, or it is not whole.
     """
-    matching = [folder for folder, manifest in _builds(data).items() if manifest.split_hash == protocol.split_hash]
-    folder = _only(matching, f"the model's split {protocol.split_hash}")
-    if folder is None:
-        raise InputError(
-            f"no files in {data} are of the split the model was trained on "
-            f"({protocol.name}, split {protocol.split}, hash {protocol.split_hash}): build them, or correct --data"
-        )
-    return folder
+    return _only(
+        [build for build in _builds(data) if build.manifest.split_hash == protocol.split_hash],
+        f"the model's split {protocol.split_hash}",
+        f"no files in {data} are of the split the model was trained on ({protocol.name}, split {protocol.split}, "
+        f"hash {protocol.split_hash}): build them, or correct --data",
+    )
 
 
-def _builds(data: Path) -> dict[Path, Manifest]:
-    """The manifest of the training images of every build at or below `data`."""
-    candidates = [data] if (data / "train.beton.json").is_file() else sorted(data.glob("*/"))
-    builds = {}
-    for folder in candidates:
-        if not (folder / "train.beton.json").is_file():
-            continue
+def _options(name: str) -> str:
+    base, _, seed = name.partition("-pseudo")
+    return f"--protocol {base}" + (f" --pseudo-open {seed}" if seed else "")
+
+
+def _builds(data: Path) -> list[Build]:
+    """Every build at or below `data`."""
+    if (data / MANIFEST).is_file():
+        return [read_build(data)]
+    builds = []
+    for path in sorted(data.glob(f"[!.]*/{MANIFEST}")):
         try:
-            manifest = read_manifest(folder / "train.beton")
+            builds.append(read_build(path.parent))
         except InputError:
-            if folder == data:
-                raise
             continue  # one of many folders; whoever needs it is told to build it
-        # A version that split images differently may have built it.
-        if Protocol.from_dict(manifest.protocol).split_hash == manifest.split_hash:
-            builds[folder] = manifest
     return builds
 
 
-def _only(folders: Sequence[Path], what: str) -> Path | None:
-    if len(folders) > 1:
-        raise InputError(
-            f"{len(folders)} folders hold {what}: choose with --data {' or --data '.join(map(str, folders))}"
-        )
-    return folders[0] if folders else None
+def _only(builds: Sequence[Build], what: str, none: str) -> Build:
+    if not builds:
+        raise InputError(none)
+    if len(builds) > 1:
+        folders = " or --data ".join(str(build.folder) for build in builds)
+        raise InputError(f"{len(builds)} folders hold {what}: choose with --data {folders}")
+    builds[0].check_complete()
+    return builds[0]
 
 
-def write_partition(
+def write_build(
     folder: Path,
-    partition: str,
-    *,
     protocol: Protocol,
-    source: Source,
-    source_kind: str,
+    sources: Mapping[str, tuple[str, Source]],
+    *,
     class_names: Sequence[str],
     encoding: Encoding,
     skip_corrupt: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[Manifest, bool]:
-    """Write one partition's file unless an equal one is there. Returns its manifest and whether it was written.
+    progress: Callable[[str, int, int], None] = lambda partition, total, done: None,
+) -> tuple[Build, bool]:
+    """Write the files of `protocol` into `folder` unless equal ones are there; returns the build and whether it did.
 
     Args:
-        progress: called with the number of images written so far.
+        sources: for each partition, the kind of its source and the source.
+        class_names: of the known classes, in label order.
         skip_corrupt: leave unreadable images out and name them in the manifest, instead of stopping at the first.
+        progress: called with a partition, how many images it has, and how many of them are written.
 
     Raises:
-        InputError: an image cannot be read, or the disk is full. The earlier file, if any, is still there.
+        InputError: an image cannot be read, a class has too few, or the disk is full. What was in `folder` still is.
     """
-    beton = folder / f"{partition}.beton"
-    indices, labels = protocol.partitions[partition].select(source)
+    parts = protocol.partitions
+    chosen = {name: part.select(sources[name][1]) for name, part in parts.items()}
     wanted = Manifest(
         format=_FORMAT,
-        partition=partition,
         protocol=protocol.to_dict(),
         split_hash=protocol.split_hash,
-        source=source_kind,
+        sources={name: f"{kind} {source.fingerprint}" for name, (kind, source) in sources.items() if name in parts},
         image_size=encoding.image_size,
         channels=protocol.info.channels,
         write_mode=encoding.write_mode,
         quality=encoding.quality,
         class_names=tuple(class_names),
-        count=len(indices),
-        class_counts=_class_counts(labels, class_names),
     )
-    if _is_built(beton, wanted):
-        return read_manifest(beton), False
+    with _alone(folder):
+        there = _existing(folder, wanted, skip_corrupt)
+        if there is not None:
+            return there, False
+        with full_disk_is_bad_input(folder), replacing_folder(folder) as partial:
+            files = {}
+            for name, part in parts.items():
+                report = functools.partial(progress, name, len(chosen[name][0]))
+                files[name] = _write_file(
+                    partial / f"{name}.beton", part, sources[name][1], *chosen[name], encoding, skip_corrupt, report
+                )
+            manifest = dataclasses.replace(wanted, files=files)
+            write_json(partial / MANIFEST, asdict(manifest))
+    return Build(folder, manifest), True
+
+
+def _write_file(
+    path: Path,
+    part: Partition,
+    source: Source,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    encoding: Encoding,
+    skip_corrupt: bool,
+    progress: Callable[[int], None],
+) -> FileRecord:
     skipped: tuple[str, ...] = ()
     if skip_corrupt:
-        readable = np.array([_is_readable(source, index) for index in indices], dtype=bool)
-        skipped = tuple(source.describe(int(index)) for index in indices[~readable])
-        indices, labels = indices[readable], labels[readable]
-    if len(indices) == 0:
-        raise InputError(f"partition {partition} of {protocol.name} has no image left: check the data at --root")
-
-    # Closed here: left to the garbage collector, the pool could be shut down by a thread that it waits for.
-    with replacing(beton) as partial, closing(_decode_ahead(source, indices, encoding.image_size)) as images:
-        _write_ffcv(partial, images, labels, encoding, progress)
-        finished = Manifest(
-            **{
-                **wanted.__dict__,
-                "count": len(indices),
-                "class_counts": _class_counts(labels, class_names),
-                "skipped": skipped,
-                "bytes": partial.stat().st_size,
-                "sha256": _sha256(partial),
-            }
-        )
-        # From here to the new manifest the file does not count: the old manifest would describe the wrong bytes.
-        manifest_path(beton).unlink(missing_ok=True)
-    write_json(manifest_path(beton), asdict(finished))
-    return finished, True
+        indices, labels, skipped = _readable(source, indices, labels, part)
+    write_ffcv(path, source, indices, labels, encoding, progress)
+    counts = np.bincount(labels[labels >= 0], minlength=len(part.classes) if part.known else 0)
+    return FileRecord(
+        count=len(indices),
+        class_counts=tuple(counts.tolist()),
+        skipped=skipped,
+        bytes=path.stat().st_size,
+        sha256=_sha256(path),
+    )
 
 
-def _is_built(beton: Path, wanted: Manifest) -> bool:
+def _existing(folder: Path, wanted: Manifest, skip_corrupt: bool) -> Build | None:
+    """The build in `folder` if it is what is wanted, file by file."""
     try:
-        return read_manifest(beton).same_request(wanted) and beton.stat().st_size == read_manifest(beton).bytes
+        build = read_build(folder)
+        build.check_complete()
     except (InputError, OSError):
-        return False
+        return None
+    left_out = any(record.skipped for record in build.manifest.files.values())
+    # Whoever does not allow images to be left out wants to hear that some cannot be read.
+    return build if build.manifest.same_request(wanted) and (skip_corrupt or not left_out) else None
 
 
-def _class_counts(labels: np.ndarray, class_names: Sequence[str]) -> tuple[int, ...]:
-    return tuple(np.bincount(labels[labels >= 0], minlength=len(class_names)).tolist())
+def _readable(
+    source: Source, indices: np.ndarray, labels: np.ndarray, part: Partition
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The images that can be read, and the names of the others."""
+    fine = np.array([_is_readable(source, index) for index in indices], dtype=bool)
+    for place, name in enumerate(part.classes if part.known else ()):
+        if not (labels[fine] == place).any():
+            raise InputError(f"class {name!r} has no {part.subset} image left that can be read: check the data")
+    if not fine.any():
+        raise InputError(f"no {part.subset} image of the unknown classes can be read: check the data at --root")
+    return indices[fine], labels[fine], tuple(source.describe(int(index)) for index in indices[~fine])
 
 
 def _is_readable(source: Source, index: int) -> bool:
@@ -295,82 +320,19 @@ def _is_readable(source: Source, index: int) -> bool:
     return True
 
 
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of uint8 (H, W, C), resized to (size, size, 3)."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side != size:
-        image = np.asarray(Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BILINEAR))
-        image = image.reshape(size, size, -1)
-    # FFCV stores three channels; the loader gives grey images their one back.
-    return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
-
-
-def _decode_ahead(source: Source, indices: Iterable[int], size: int) -> Iterator[np.ndarray]:
-    """Decoded and fitted images in order, a few threads ahead of the writer (Pillow decodes without the GIL)."""
-    pool = ThreadPoolExecutor(_DECODE_THREADS)
-    pending: deque = deque()
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds `folder`."""
     try:
-        for index in indices:
-            pending.append(pool.submit(lambda index=int(index): _fit(source[index][0], size)))
-            if len(pending) >= _DECODE_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise InputError(f"{folder.parent} cannot be written to ({error.strerror}): name another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write_ffcv(
-    path: Path, images: Iterator[np.ndarray], labels: np.ndarray, encoding: Encoding, progress: Callable[[int], None]
-) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.writer import DatasetWriter
-
-    class InProcessWriter(DatasetWriter):
-        """FFCV's writer without its worker processes, whose death it does not notice: it would wait for ever."""
-
-        def _write_common(self, num_samples, queue_content, work_fn, extra_worker_args):
-            self.num_samples = num_samples
-            self.prepare()
-            # With one process the sample table needs no shared memory, and none is left behind by an error.
-            table = SimpleNamespace(buf=bytearray(num_samples * self.metadata_type.itemsize))
-            self.metadata_sm.close()
-            self.metadata_sm.unlink()
-            self.metadata_sm = table
-            tasks, allocations = queue.SimpleQueue(), queue.SimpleQueue()
-            for task in (*queue_content, None):
-                tasks.put(task)
-            allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-            written = Value(ctypes.c_uint64, 0)
-            work_fn(tasks, table, self.metadata_type, self.fields, allocator, written, allocations, *extra_worker_args)
-            # FFCV writes unbuffered and does not look at how much the system took: a full disk cuts a page short.
-            if path.stat().st_size != allocator.offset + allocator.next_page_allocated.value * self.page_size:
-                raise OSError(errno.ENOSPC, "short write")
-            self.finalize(allocations.get())
-
-    class Samples:
-        def __len__(self) -> int:
-            return len(labels)
-
-        def __getitem__(self, index: int) -> tuple[np.ndarray, int, int]:
-            progress(index)
-            return next(images), int(labels[index]), int(index)
-
-    fields = {
-        "image": RGBImageField(
-            write_mode=encoding.write_mode, jpeg_quality=encoding.quality, smart_threshold=Encoding.SMART_THRESHOLD
-        ),
-        "label": IntField(),
-        "index": IntField(),
-    }
-    # A page must hold at least one image; 2 MiB, FFCV's smallest, keeps small files small.
-    page_size = max(_SMALL_PAGE, 1 << (3 * encoding.image_size**2).bit_length())
-    InProcessWriter(str(path), fields, page_size=page_size).from_indexed_dataset(Samples())
-    progress(len(labels))
+        os.close(lock)
 
 
 def _sha256(path: Path) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline import cli
-from data_pipeline.beton import Encoding, WriteMode, folder_name, write_partition
+from data_pipeline.beton import Build, folder_name, write_build
 from data_pipeline.errors import InputError
+from data_pipeline.ffcv_writer import Encoding, WriteMode
 from data_pipeline.protocols import DATASETS, Protocol, custom_protocol
-from data_pipeline.sources import SOURCE_KINDS, Source, open_source
+from data_pipeline.sources import SOURCE_KINDS, Source, check_classes, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class BuildConfig:
     split: int = 0
     """Which published split of known and unknown classes, from 0."""
     pseudo_open: int | None = None
-    """Split the known classes again with this seed, from training images only: for choosing hyperparameters."""
+    """Split the known classes again with this seed, 0 or more, from training images only: to choose hyperparameters."""
     source: str | None = None
     """Where images come from: bundled, torchvision, tinyimagenet, parquet or imagefolder. Default: by protocol."""
     root: Path | None = None
@@ -41,68 +43,66 @@ class BuildConfig:
     quality: int = 90
     """JPEG quality, 1 to 100; raw ignores it."""
     train_images: int | None = None
-    """Use only so many training images, evenly over the classes: for trying things out. Default: all."""
+    """Use at most so many training images, equally many of each class: for trying things out. Default: all."""
     skip_corrupt: bool = False
     """Leave unreadable images out and count them, instead of stopping at the first."""
 
 
-def build(config: BuildConfig, console: Console) -> Path:
-    """Write every partition's file that is not there yet; returns their folder."""
+def build(config: BuildConfig, console: Console) -> Build:
+    """Write the files of the protocol unless they are there."""
     protocol, sources = _open(config)
-    encoding = Encoding(
-        image_size=config.image_size or protocol.info.image_size, write_mode=config.write_mode, quality=config.quality
-    )
-    folder = config.out / folder_name(protocol, encoding)
+    size = protocol.info.image_size if config.image_size is None else config.image_size
+    encoding = Encoding(image_size=size, write_mode=config.write_mode, quality=config.quality)
     console.print(
         f"protocol {protocol.name}, split {protocol.split}: {len(protocol.known)} known and {len(protocol.unknown)} "
         f"unknown classes, openness {protocol.openness:.3f}, split hash {protocol.split_hash}"
     )
-    columns = (
+    with Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("images"),
         TimeRemainingColumn(),
-    )
-    for name, part in protocol.partitions.items():
-        kind, source = sources[part.dataset, part.subset]
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(name, total=len(part.select(source)[0]))
-            manifest, written = write_partition(
-                folder,
-                name,
-                protocol=protocol,
-                source=source,
-                source_kind=kind,
-                class_names=_known_names(protocol, sources),
-                encoding=encoding,
-                skip_corrupt=config.skip_corrupt,
-                progress=lambda done, bar=bar, task=task: bar.update(task, completed=done),
-            )
-        skipped = f", {len(manifest.skipped)} corrupt left out" if manifest.skipped else ""
-        outcome = f"written, {manifest.bytes / 2**20:.1f} MiB" if written else "already there"
-        console.print(f"{name:>12}: {manifest.count:,} images, {outcome}{skipped}")
-    if "test_unknown" not in protocol.partitions:
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        tasks = {name: bar.add_task(name, total=None) for name in protocol.partitions}
+        made, written = write_build(
+            config.out / folder_name(protocol, encoding),
+            protocol,
+            sources,
+            class_names=_known_names(protocol, sources["train"][1]),
+            encoding=encoding,
+            skip_corrupt=config.skip_corrupt,
+            progress=lambda name, total, done: bar.update(tasks[name], completed=done, total=total),
+        )
+    for name, record in made.manifest.files.items():
+        skipped = f", {len(record.skipped)} corrupt left out" if record.skipped else ""
+        outcome = f"written, {record.bytes / 2**20:.1f} MiB" if written else "already there"
+        console.print(f"{name:>12}: {record.count:,} images, {outcome}{skipped}")
+    if "test_unknown" not in made:
         console.print("no unknown class is named: AUROC and OSCR cannot be measured on this protocol")
-    return folder
+    return made
 
 
-def _open(config: BuildConfig) -> tuple[Protocol, dict[tuple[str, str], tuple[str, Source]]]:
-    """The protocol, and for each (dataset, subset) that it uses the kind of source and the source itself."""
+def _open(config: BuildConfig) -> tuple[Protocol, dict[str, tuple[str, Source]]]:
+    """The protocol, and for each of its partitions the kind of source and the source itself."""
     if config.known and config.protocol != "custom":
         raise InputError("--known names classes of a custom protocol: add --protocol custom or leave it out")
 
+    @cache
     def source(dataset: str, subset: str) -> tuple[str, Source]:
         kind = config.source or SOURCE_KINDS[dataset][0]
-        return kind, open_source(
-            kind, dataset=dataset, subset=subset, root=config.root, channels=DATASETS[dataset].channels
-        )
+        channels = DATASETS[dataset].channels
+        opened = open_source(kind, dataset=dataset, subset=subset, root=config.root, channels=channels)
+        check_classes(opened, dataset)
+        return kind, opened
 
     if config.protocol == "custom":
         if not config.known:
             raise InputError("a custom protocol needs the names of its known classes: --known cat dog ...")
-        opened = source("custom", "train")
-        protocol = custom_protocol(config.known, opened[1].class_names)
+        protocol = custom_protocol(config.known, source("custom", "train")[1].class_names)
     else:
         protocol = Protocol(config.protocol, config.split)
     if config.train_images is not None:
@@ -110,14 +110,11 @@ def _open(config: BuildConfig) -> tuple[Protocol, dict[tuple[str, str], tuple[st
         protocol = dataclasses.replace(protocol, classes=classes)
     if config.pseudo_open is not None:
         protocol = protocol.pseudo_open(config.pseudo_open)
-
-    wanted = {(part.dataset, part.subset) for part in protocol.partitions.values()}
-    return protocol, {key: source(*key) for key in sorted(wanted)}
+    return protocol, {name: source(part.dataset, part.subset) for name, part in protocol.partitions.items()}
 
 
-def _known_names(protocol: Protocol, sources: dict[tuple[str, str], tuple[str, Source]]) -> list[str]:
-    names = sources[protocol.train.dataset, "train"][1].class_names
-    return [known if isinstance(known, str) else names[known] for known in protocol.known]
+def _known_names(protocol: Protocol, train: Source) -> list[str]:
+    return [known if isinstance(known, str) else train.class_names[known] for known in protocol.known]
 
 
 def main() -> None:
@@ -127,8 +124,8 @@ def main() -> None:
         description="Build the FFCV files of a protocol: train, calibration, test_known, test_unknown.",
     )
     console = Console(soft_wrap=True)
-    folder = build(config, console)
-    console.print(f"the files are in {folder}")
+    made = build(config, console)
+    console.print(f"the files are in {made.folder}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,15 +14,27 @@ from data_pipeline.errors import InputError
 Config = TypeVar("Config")
 
 EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 75
+"""The work was put away in good order because the system asked for it: the same command goes on with it."""
+
+
+class Preempted(BaseException):
+    """The system asked this process to end, and its work is saved."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main` and end the process: 0, or 2 with one line on standard error for an `InputError`."""
+    """Run `main` and end the process: 0, 2 with one line on standard error for an `InputError`, 75 when preempted."""
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What all ranks find wrong is said once.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except Preempted as preempted:
+        if os.environ.get("RANK", "0") == "0":
+            print(preempted, file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

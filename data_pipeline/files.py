@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -21,20 +25,72 @@ def replacing(path: Path) -> Iterator[Path]:
         InputError: the disk is full; nothing was changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
+    try:
+        with full_disk_is_bad_input(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside `path`; it takes the place of `path` only if the block ends well.
+
+    A kill in the instant of the exchange leaves no folder `path`, never a mixture of the two.
+    """
+    partial = _partial(path)
+    partial.mkdir(parents=True)
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        outgoing = _partial(path.with_name(path.name + ".old"))
+        if path.exists():
+            path.rename(outgoing)
+        partial.rename(path)
+        shutil.rmtree(outgoing, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_is_bad_input(path: Path) -> Iterator[None]:
+    """What a library makes of a full disk while it writes `path`, as an `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
             raise InputError(
                 f"the disk is full: {path} was not written; free space there or choose another folder"
             ) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    if error is None or isinstance(error, InputError):
+        return False
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # safetensors and PyTorch raise errors of their own that only say so; PyTorch's archive writer not even that.
+    text = str(error)
+    said = "No space left on device" in text or "os error 28" in text or "PytorchStreamWriter failed" in text
+    return said or _is_full(error.__cause__) or _is_full(error.__context__)
+
+
+def _partial(path: Path) -> Path:
+    """The name under which this process prepares `path`; what processes of this machine left that died is removed."""
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{path.name}.{host}-*.partial"):
+        pid = left.name.removesuffix(".partial").rpartition("-")[2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import queue
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.beton import Manifest, verify
+from data_pipeline.beton import Build
 from data_pipeline.errors import InputError
 
 Cache = Literal["auto", "resident", "stream"]
@@ -64,116 +63,124 @@ class Loader(ABC):
 
     def __init__(
         self,
-        beton: Path,
+        build: Build,
         batch_size: int,
         *,
         device: torch.device,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulation: int = 1,
         workers: int = 1,
     ) -> None:
-        """`batch_size` is of each rank; `workers` are decoding threads. The other arguments are `rank_order`'s."""
-        self.manifest, self.batch_size, self.device = verify(beton), batch_size, device
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        """`batch_size` is of each rank; an epoch has a multiple of `accumulation` batches; `workers` are decoding
+        threads. The other arguments are `rank_order`'s."""
+        self.count, self.batch_size, self.device = build.record("train").count, batch_size, device
+        self.seed, self.rank, self.world_size, self.accumulation = seed, rank, world_size, accumulation
         if len(self) == 0:
             raise InputError(
-                f"{self.manifest.count} training images do not fill one batch of {batch_size * world_size}: "
-                f"set --batch-size to at most {self.manifest.count}"
+                f"{self.count} training images do not fill one batch of {batch_size * world_size * accumulation}: "
+                f"set --batch-size to at most {self.count}"
             )
-        self._open(beton, workers)
+        self._open(build, workers)
 
     def __len__(self) -> int:
-        return self.manifest.count // (self.batch_size * self.world_size)
+        return self.count // (self.batch_size * self.world_size * self.accumulation) * self.accumulation
 
     @abstractmethod
-    def _open(self, beton: Path, workers: int) -> None:
-        """Make the file ready to be read."""
+    def _open(self, build: Build, workers: int) -> None:
+        """Make the training images ready to be read."""
 
     @abstractmethod
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, from 0. Leaving early is fine."""
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number`, from 0, beginning with that of step `first_step`. Leaving early is fine."""
 
-    def _order(self, number: int) -> np.ndarray:
-        return rank_order(
-            self.manifest.count,
-            self.batch_size,
-            seed=self.seed,
-            epoch=number,
-            rank=self.rank,
-            world_size=self.world_size,
+    def _order(self, number: int, first_step: int) -> np.ndarray:
+        order = rank_order(
+            self.count, self.batch_size, seed=self.seed, epoch=number, rank=self.rank, world_size=self.world_size
         )
+        return order[first_step : len(self)]
 
 
 class StreamLoader(Loader):
     """Decodes from the file every epoch, a few batches ahead."""
 
-    def _open(self, beton: Path, workers: int) -> None:
-        self._file = _FFCVFile(beton, self.manifest, self.batch_size, self.device, workers)
+    def _open(self, build: Build, workers: int) -> None:
+        self._file = _FFCVFile(build, "train", self.batch_size, self.device, workers)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        return self._file.read(self._order(number).ravel())
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        return self._file.read(self._order(number, first_step).ravel())
 
 
 class ResidentLoader(Loader):
     """Decodes the file once and keeps it on the device: (H·W·C + 16) bytes an image."""
 
-    def _open(self, beton: Path, workers: int) -> None:
-        self._data = load_all(beton, device=self.device, workers=workers)
+    def _open(self, build: Build, workers: int) -> None:
+        self._data = load_all(build, "train", device=self.device, workers=workers)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         # One transfer for the whole epoch; after it no step waits for the host.
-        for chosen in torch.from_numpy(self._order(number)).to(self.device, non_blocking=True):
+        for chosen in torch.from_numpy(self._order(number, first_step)).to(self.device, non_blocking=True):
             yield Batch(self._data.images[chosen], self._data.labels[chosen], chosen)
 
 
 def open_loader(
-    beton: Path,
+    build: Build,
     batch_size: int,
     *,
     device: torch.device,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    accumulation: int = 1,
     workers: int = 1,
     cache: Cache = "auto",
 ) -> Loader:
-    """Training batches of `beton`, `batch_size` images on each rank.
+    """Training batches of a build, `batch_size` images on each rank.
 
     Args:
+        accumulation: how many of them make one step of the optimizer; an epoch has no part of a step.
         cache: keep the decoded images on the device, stream them, or decide: resident if they take at most a quarter of
             the memory that is free there.
         workers: decoding threads.
     """
     if cache == "auto":
-        manifest = verify(beton)
-        needed = manifest.count * (manifest.image_size**2 * manifest.channels + 16)
+        needed = build.record("train").count * (build.manifest.image_size**2 * build.manifest.channels + 16)
         cache = "resident" if needed <= _RESIDENT_SHARE * _free_memory(device) else "stream"
     kind = ResidentLoader if cache == "resident" else StreamLoader
-    return kind(beton, batch_size, device=device, seed=seed, rank=rank, world_size=world_size, workers=workers)
+    return kind(
+        build,
+        batch_size,
+        device=device,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        workers=workers,
+    )
 
 
-def load_all(beton: Path, *, device: torch.device, workers: int = 1) -> Batch:
-    """All images of a file, in the file's order, as one batch on the device."""
-    manifest = verify(beton)
-    file = _FFCVFile(beton, manifest, min(_DECODE_BATCH, manifest.count), device, workers)
-    batches = list(file.read(np.arange(manifest.count)))
+def load_all(build: Build, partition: str, *, device: torch.device, workers: int = 1) -> Batch:
+    """All images of a partition, in the file's order, as one batch on the device."""
+    count = build.record(partition).count
+    file = _FFCVFile(build, partition, min(_DECODE_BATCH, count), device, workers)
+    batches = list(file.read(np.arange(count)))
     return Batch(*(torch.cat(parts) for parts in zip(*batches)))
 
 
 class _FFCVFile:
     """An FFCV loader that reads the images it is asked for, in that order, and leaves no thread behind."""
 
-    def __init__(self, beton: Path, manifest: Manifest, batch_size: int, device: torch.device, workers: int) -> None:
+    def __init__(self, build: Build, partition: str, batch_size: int, device: torch.device, workers: int) -> None:
         from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
         from ffcv.loader import Loader as FFCVLoader
         from ffcv.loader import OrderOption
         from ffcv.transforms import Squeeze, ToTensor
 
         self._device = device
-        self._channels = manifest.channels
+        self._channels = build.manifest.channels
         self._loader = FFCVLoader(
-            str(beton),
+            str(build.file(partition)),
             batch_size=batch_size,
             num_workers=workers,
             # The page cache serves every process on the machine; FFCV's own cache would hold a copy for each.

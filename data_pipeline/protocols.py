@@ -29,6 +29,9 @@ ClassId = int | str
 
 Subset = Literal["train", "test"]
 
+UNKNOWN = "unknown"
+"""The answer of a model to an image of no known class."""
+
 PARTITIONS = ("train", "calibration", "test_known", "test_unknown")
 
 
@@ -92,6 +95,8 @@ class ClassSplit:
         for kind, classes in (("known", self.known), ("unknown", self.unknown)):
             if len(set(classes)) != len(classes):
                 raise InputError(f"a class is listed twice among the {kind} classes {list(classes)}: list each once")
+        if UNKNOWN in self.known:
+            raise InputError(f"a known class is called {UNKNOWN!r}, which is the answer for unknown images: rename it")
         both = set(self.known) & set(self.unknown)
         if both and self.dataset == self.unknown_dataset:
             raise InputError(f"classes {sorted(map(str, both))} are both known and unknown: remove them from one side")
@@ -120,7 +125,7 @@ class Partition:
         A known image's label is its class's place in `classes`; every unknown image's label is -1.
 
         Raises:
-            InputError: a class is not in the source, or has no image there.
+            InputError: a class is not in the source, or has too few images there.
         """
         indices, labels = [], []
         for place, class_id in enumerate(self.classes):
@@ -129,17 +134,25 @@ class Partition:
             if len(members) == 0:
                 raise InputError(
                     f"class {class_id!r} has no {self.subset} image in the {self.dataset} data: "
-                    "give a --root that holds it, or leave the class out"
+                    "add some, give a --root that holds it, or leave the class out"
                 )
             members = np.random.default_rng([0, label]).permutation(members)
             low, high = (round(bound * len(members)) for bound in self.share)
             chosen = members[low:high][: self.per_class]
+            if len(chosen) == 0:
+                raise InputError(
+                    f"class {class_id!r} has {len(members)} {self.subset} images, too few to be shared out "
+                    f"between training and what is held out: give it {self._least()} or more, or leave the class out"
+                )
             indices.append(chosen)
             labels.append(np.full(len(chosen), place if self.known else -1))
-        if not indices:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
         order = np.argsort(np.concatenate(indices))
         return np.concatenate(indices)[order].astype(np.int64), np.concatenate(labels)[order].astype(np.int64)
+
+    def _least(self) -> int:
+        """The number of images of a class from which on its share always holds one."""
+        low, high = self.share
+        return next(n for n in range(1, 1000) if all(round(high * m) > round(low * m) for m in range(n, n + 100)))
 
 
 @dataclass(frozen=True)
@@ -221,6 +234,8 @@ class Protocol:
         Hyperparameters chosen on it have never seen a real unknown class or a test image. A third of the known classes
         (at least one, and leaving at least two) become pseudo-unknown; which, depends on `seed`.
         """
+        if seed < 0:
+            raise InputError(f"the seed of a pseudo-open split is {seed}; set --pseudo-open to 0 or more")
         if len(self.known) < 3:
             raise InputError(
                 f"protocol {self.name} has {len(self.known)} known classes; a pseudo-open split needs at least three"

@@ -40,6 +40,18 @@ SOURCE_KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
+_DIGITS = tuple("0123456789")
+# What a dataset's classes are called, or how many there are: files of another dataset are not taken for it.
+_CLASSES: dict[str, tuple[str, ...] | int] = {
+    "digits": _DIGITS,
+    "mnist": _DIGITS,
+    "svhn": _DIGITS,
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar100": 100,
+    "tinyimagenet": 200,
+}
+
+
 class CorruptImageError(InputError):
     """One image cannot be decoded; the message names it. Whoever reads many images may leave it out and count it."""
 
@@ -61,6 +73,11 @@ class Source(ABC):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         index = range(len(self))[index]
         return self._pixels(index), int(self.labels[index])
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the images, their labels or their order. No image is decoded."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -97,18 +114,35 @@ def open_source(
         raise InputError(f"{dataset} from {kind} needs --root, the folder that holds the data")
     folder = _own_folder(root.expanduser(), dataset, kind)
     try:
-        if kind == "torchvision":
-            return _open_torchvision(folder, dataset, subset, channels)
-        if kind == "tinyimagenet":
-            return _open_tinyimagenet(folder, subset, channels)
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}; pass --root the folder that holds {dataset}")
-        if kind == "parquet":
-            return _open_parquet(folder, subset, channels)
-        return _open_imagefolder(folder, subset, channels)
+        return _open(folder, kind, dataset, subset, channels)
     except OSError as error:
         place = error.filename or folder
         raise InputError(f"cannot read {place}: {error.strerror or error}; check it and its permissions") from error
+
+
+def _open(folder: Path, kind: str, dataset: str, subset: Subset, channels: Literal[1, 3]) -> Source:
+    if kind == "torchvision":
+        return _open_torchvision(folder, dataset, subset, channels)
+    if kind == "tinyimagenet":
+        return _open_tinyimagenet(folder, subset, channels)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; pass --root the folder that holds {dataset}")
+    if kind == "parquet":
+        return _open_parquet(folder, subset, channels)
+    return _open_imagefolder(folder, subset, channels)
+
+
+def check_classes(source: Source, dataset: str) -> None:
+    """Raise `InputError` if `source` does not have the classes of `dataset`: its labels would mean something else."""
+    expected, names = _CLASSES.get(dataset), source.class_names
+    if expected is None or expected in (names, len(names)):
+        return
+    wanted = f"{expected} classes" if isinstance(expected, int) else f"the classes {', '.join(expected)}"
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    raise InputError(
+        f"the data has {len(names)} classes ({shown}), but {dataset} has {wanted}: "
+        "correct --root, or use --protocol custom for classes of your own"
+    )
 
 
 def _own_folder(root: Path, dataset: str, kind: str) -> Path:
@@ -116,6 +150,14 @@ def _own_folder(root: Path, dataset: str, kind: str) -> Path:
     own = root / dataset
     # A folder root/custom is more likely a class of that name.
     return own if own.is_dir() and (dataset, kind) != ("custom", "imagefolder") else root
+
+
+def _digest(*parts: Any) -> str:
+    """16 hexadecimal digits of bytes, and of anything else by how it is written."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part if isinstance(part, (bytes, memoryview)) else repr(part).encode("utf-8", "surrogateescape"))
+    return state.hexdigest()[:16]
 
 
 # Pixels
@@ -151,6 +193,10 @@ class _ArraySource(Source):
         super().__init__(class_names, labels, channels)
         self._name = name
         self._images = images
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(self.class_names, self.labels.tobytes(), np.ascontiguousarray(self._images).data)
 
     def describe(self, index: int) -> str:
         return f"{self._name} image {index}"
@@ -246,6 +292,9 @@ class _Files(Protocol):
 
     def read(self, name: str) -> bytes: ...
 
+    def version(self, name: str) -> tuple[int, int]:
+        """Two numbers that change when the file does."""
+
     def describe(self, name: str) -> str: ...
 
 
@@ -259,6 +308,10 @@ class _FolderFiles:
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
+
+    def version(self, name: str) -> tuple[int, int]:
+        stat = (self._root / name).stat()
+        return stat.st_size, stat.st_mtime_ns
 
     def describe(self, name: str) -> str:
         return str(self._root / name)
@@ -307,6 +360,9 @@ class _ZipFiles:
             with zipfile.ZipExtFile(file, "r", member) as content:
                 return content.read()
 
+    def version(self, name: str) -> tuple[int, int]:
+        return self._members[name].file_size, self._members[name].CRC
+
     def describe(self, name: str) -> str:
         return f"{name} in {self._path}"
 
@@ -325,6 +381,11 @@ class _FileSource(_EncodedSource):
         super().__init__(class_names, labels, channels)
         self._files = files
         self._names = names
+
+    @property
+    def fingerprint(self) -> str:
+        versions = [(name, self._files.version(name)) for name in self._names]
+        return _digest(self.class_names, self.labels.tobytes(), versions)
 
     def describe(self, index: int) -> str:
         return self._files.describe(self._names[index])
@@ -554,6 +615,12 @@ class _ParquetSource(_EncodedSource):
         self._groups = groups
         self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
         self._last = _PerThread()
+
+    @property
+    def fingerprint(self) -> str:
+        paths = sorted({group.path for group in self._groups})
+        versions = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return _digest(self.class_names, self.labels.tobytes(), versions)
 
     def describe(self, index: int) -> str:
         number, row = self._locate(index)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from rich.console import Console
 
+from data_pipeline.beton import Build
 from data_pipeline.build import BuildConfig, build
 
 
@@ -17,6 +16,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """The folder of the FFCV files of digits, split 0."""
+def digits(tmp_path_factory) -> Build:
+    """The FFCV files of digits, split 0."""
     return build(BuildConfig(protocol="digits", out=tmp_path_factory.mktemp("data")), Console(quiet=True))

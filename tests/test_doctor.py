@@ -100,10 +100,10 @@ def test_every_store_is_judged_and_no_password_is_shown(monkeypatch, uri, state)
 
 def test_a_damaged_manifest_does_not_hide_the_other_data(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("bad", '{"coun'), ("good", '{"count": 1200}')):
+    for name, text in (("bad", '{"coun'), ("good", '{"files": {"train": {"count": 1200}}}')):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
-        (folder / "train.beton.json").write_text(text)
+        (folder / "manifest.json").write_text(text)
     bad, good = doctor.data_folders()
     assert "unreadable" in bad.found and "build it again" in bad.remedy
     assert good.state == "ok" and "1,200" in good.found

@@ -21,6 +21,8 @@ class Labels(Source):
     def __init__(self, labels: np.ndarray, num_classes: int) -> None:
         super().__init__([f"class{label}" for label in range(num_classes)], labels, 1)
 
+    fingerprint = ""
+
     def describe(self, index: int) -> str:
         return f"image {index}"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.protocols import Protocol
+from data_pipeline.beton import find_build
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
@@ -27,7 +27,7 @@ def _train(configs: list[TrainConfig], epochs: int) -> list[dict]:
     """What each configuration leaves on this rank. All in one process: starting one costs more than training here."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     device = join_ranks()
-    return [_train_one(Trainer(config, Protocol("digits", 0), config.data, device), epochs) for config in configs]
+    return [_train_one(Trainer(config, find_build(config.data, "digits", 0), device), epochs) for config in configs]
 
 
 def _train_one(trainer: Trainer, epochs: int) -> dict:
@@ -48,7 +48,7 @@ def configs(digits, tmp_path_factory) -> list[TrainConfig]:
     """Plain, ZeRO 1, ZeRO 2, and two micro-batches accumulated."""
     plain = dataclasses.replace(
         recipe("digits"),
-        data=digits,
+        data=digits.folder,
         batch_size=96,
         encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=16),
         # Adam divides by the gradient's size: where that is rounding alone, so is the step.

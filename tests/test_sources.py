@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import struct
@@ -828,3 +829,32 @@ def test_real_parquet_files() -> None:
         assert np.bincount(source.labels, minlength=num_classes).min() > 0
         image, label = source[rows - 1]
         assert image.shape[2] == 3 and label == source.labels[-1]
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet"])
+def test_the_fingerprint_changes_with_the_images_and_their_labels_only(kind: str, tmp_path: Path) -> None:
+    images = random_images((3, 8, 9))
+
+    def fingerprint(folder: str, places: list[int], labels: list[int]) -> str:
+        root = tmp_path / folder
+        if kind == "imagefolder":
+            for number, (place, label) in enumerate(zip(places, labels)):
+                write(root / f"train/{'ab'[label]}/{number}.png", encode(images[place]))
+        else:
+            write_parquet(root / "train.parquet", images[places], labels, ["a", "b"])
+        for path in root.rglob("*.p*"):
+            os.utime(path, ns=(0, 0))
+        return open_source(kind, dataset="custom", subset="train", root=root).fingerprint
+
+    whole = fingerprint("same", [0, 1, 2], [0, 1, 1])
+    assert fingerprint("again", [0, 1, 2], [0, 1, 1]) == whole
+    assert fingerprint("fewer", [0, 1], [0, 1]) != whole
+    assert fingerprint("labels", [0, 1, 2], [0, 0, 1]) != whole
+    path = next((tmp_path / "same").rglob("*.p*"))
+    os.utime(path, ns=(0, 1))
+    assert open_source(kind, dataset="custom", subset="train", root=tmp_path / "same").fingerprint != whole
+
+
+def test_the_fingerprint_of_arrays_is_of_their_pixels() -> None:
+    train, again, test = (open_source(None, dataset="digits", subset=s, root=None) for s in ("train", "train", "test"))
+    assert train.fingerprint == again.fingerprint != test.fingerprint

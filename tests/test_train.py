@@ -13,6 +13,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
+from data_pipeline.beton import find_build
 from data_pipeline.errors import InputError
 from data_pipeline.loader import load_all
 from data_pipeline.protocols import Protocol
@@ -37,7 +38,7 @@ def config(digits, tmp_path) -> TrainConfig:
     """Two epochs of a tiny network."""
     return dataclasses.replace(
         recipe("digits"),
-        data=digits,
+        data=digits.folder,
         epochs=2,
         checkpoint_every=1,
         encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=16),
@@ -47,14 +48,14 @@ def config(digits, tmp_path) -> TrainConfig:
 
 
 def new_trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, Protocol("digits", 0), config.data, join_ranks())
+    return Trainer(config, find_build(config.data, "digits", 0), join_ranks())
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
 
 
-def test_a_run_leaves_a_model_that_says_unknown(config, tmp_path):
+def test_a_run_leaves_a_model_that_says_unknown(config, digits, tmp_path):
     train(config, QUIET)
     run = config.folder
     metrics = json.loads((run / "metrics.json").read_text())
@@ -78,7 +79,7 @@ def test_a_run_leaves_a_model_that_says_unknown(config, tmp_path):
     # The registered model is the trained one: the same answers through MLflow's own interface.
     model = load_model("models:/gradmix-digits@champion", config.tracking.uri)
     assert model.card.class_names == ("0", "2", "3", "5", "7", "9")
-    images = load_all(config.data / "test_unknown.beton", device=torch.device("cpu")).images[:40]
+    images = load_all(digits, "test_unknown", device=torch.device("cpu")).images[:40]
     answers = model.predict(images)
     mlflow.set_tracking_uri(config.tracking.uri)
     through_mlflow = mlflow.pyfunc.load_model("models:/gradmix-digits@champion").predict(images.numpy())
@@ -145,7 +146,10 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(config, monkeypa
 
 def test_only_the_newest_checkpoints_are_kept(config):
     train(dataclasses.replace(config, epochs=4, tracking=TrackingConfig(offline=True)), QUIET)
-    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["epoch-0003", "epoch-0004"]
+    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == [
+        "step-000000018",
+        "step-000000024",
+    ]
 
 
 def test_peaks_are_by_products_of_the_step(config):
@@ -229,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_way_back(config, 
         return parts * torch.nan if (epoch, number) == (1, 2) else parts
 
     monkeypatch.setattr(Trainer, "train_step", spoiled)
-    with pytest.raises(InputError, match=r"not finite in epoch 1, step 2 \(total nan.*epoch-0001"):
+    with pytest.raises(InputError, match=r"not finite in epoch 2, step 3 \(total nan.*step-000000006"):
         train(dataclasses.replace(config, tracking=TrackingConfig(offline=True)), QUIET)
     assert json.loads((config.folder / "mlflow.json").read_text())["status"] == "FAILED"
 
@@ -287,9 +291,9 @@ def test_the_users_deepspeed_file_is_used_and_may_not_contradict(tmp_path):
     path.write_text("{nonsense")
     with pytest.raises(InputError, match="not a readable DeepSpeed configuration"):
         read_deepspeed_config(path, torch.device("cpu"))
-    assert micro_batch_size(256, 4, {"gradient_accumulation_steps": 2}) == 32
+    assert micro_batch_size(256, 4, 2) == 32
     with pytest.raises(InputError, match="set --batch-size to a multiple of 3"):
-        micro_batch_size(256, 3, {})
+        micro_batch_size(256, 3, 1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

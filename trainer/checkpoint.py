@@ -1,82 +1,129 @@
 """Checkpoints of a training run: written whole or not at all, the newest few kept, resumed exactly.
 
-    runs/demo/checkpoints/epoch-0010/engine/              DeepSpeed's own: weights, optimizer, schedule
-                                     encoder.safetensors  weights alone, readable anywhere
-                                     peaks.safetensors    where each image gets its next patch
-                                     state.json           epochs done, the configuration's identity, time spent
+    runs/demo/checkpoints/step-000000120/encoder.safetensors    weights and batch-norm statistics, float32
+                                         optimizer.safetensors  the optimizer's memory of each weight
+                                         peaks.safetensors      where each image gets its next patch
+                                         state.json             how far the run is, its identity, checksums of the files
 
-Random numbers need no saving: they are functions of the seed, the epoch and the image.
+Tensors are stored by the name of the weight they belong to, whole, however many ranks and whichever ZeRO stage held
+them: a run goes on bit for bit where it was, and to rounding on another number of ranks. Random numbers need no saving:
+they are functions of the seed, the epoch and the image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
 from trainer.attribution import PeakStore
-from trainer.distributed import rank
-from trainer.encoder import save_encoder
+from trainer.distributed import from_first_rank
+from trainer.encoder import load_encoder, save_encoder
 
-_ENGINE = "engine"
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come (`state.json`)."""
+    """How far a run has come."""
 
-    epochs_done: int
+    epoch: int
+    """Epochs that are done."""
+    step: int
+    """Steps of the next epoch that are done."""
+    total_steps: int
+    """Steps of all epochs that are done."""
+    loss_sums: tuple[float, ...]
+    """The loss parts of the `step` steps of the unfinished epoch, added up."""
+    epoch_seconds: float
+    """Spent on the unfinished epoch."""
     train_seconds: float
-    identity: dict[str, Any]
+    """Spent on the epochs that are done."""
 
 
-def save(run_dir: Path, engine: Any, peaks: PeakStore, progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint after `progress.epochs_done` epochs and drop all but the newest `keep`. All ranks call it."""
-    final = run_dir / "checkpoints" / f"epoch-{progress.epochs_done:04d}"
-    partial = final.with_name(f".{final.name}.partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    engine.save_checkpoint(str(partial), tag=_ENGINE)
-    _barrier()
-    if rank() == 0:
-        save_encoder(engine.module, partial / "encoder.safetensors")
-        save_file({"places": peaks.places}, partial / "peaks.safetensors")
-        write_json(partial / "state.json", asdict(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in _complete(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+def save(
+    run_dir: Path, engine: Any, peaks: PeakStore, progress: Progress, identity: dict[str, Any], *, keep: int
+) -> Path:
+    """Write a checkpoint and drop all but the newest `keep`. All ranks call it, between two steps of the optimizer.
+
+    Raises:
+        InputError: the weights are not finite, or the disk is full; the earlier checkpoints are still there.
+    """
+    memory = _optimizer_memory(engine)
+    schedule = {name: value for name, value in engine.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+    scaler = _loss_scaler(engine)
+
+    def write() -> Path:
+        final = run_dir / "checkpoints" / f"step-{progress.total_steps:09d}"
+        bad = [name for name, value in engine.module.state_dict().items() if not value.isfinite().all()]
+        if bad:
+            raise InputError(
+                f"the weights are not finite any more ({bad[0]}, epoch {progress.epoch + 1}): lower "
+                f"--optimizer.learning-rate; the last good checkpoint is {latest(run_dir) or 'none'}"
+            )
+        with full_disk_is_bad_input(final), replacing_folder(final) as partial:
+            save_encoder(engine.module, partial / "encoder.safetensors")
+            save_file(memory, partial / "optimizer.safetensors")
+            save_file({"places": peaks.places}, partial / "peaks.safetensors")
+            record = {
+                "progress": asdict(progress),
+                "identity": identity,
+                "optimizer_steps": schedule["last_epoch"],
+                "schedule": schedule,
+                "loss_scaler": scaler and scaler[0](),
+                "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
+            }
+            write_json(partial / _STATE, record)
+        for old in _all(run_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    return from_first_rank(write)
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    return next(reversed(_complete(run_dir)), None)
+def latest(run_dir: Path, warn: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint of a run folder whose files match their checksums; `warn` is told of those that do not."""
+    for folder in reversed(_all(run_dir)):
+        try:
+            checksums = read_json(folder / _STATE, "checkpoint state")["sha256"]
+            damaged = [name for name, expected in checksums.items() if _sha256(folder / name) != expected]
+        except (InputError, OSError, KeyError, TypeError, AttributeError):
+            damaged = [_STATE]
+        if not damaged:
+            return folder
+        warn(f"passing over {folder}: {', '.join(damaged)} is damaged or missing")
+    return None
 
 
 def load(folder: Path, engine: Any, peaks: PeakStore, identity: dict[str, Any]) -> Progress:
     """Continue from a checkpoint; raises `InputError`, naming what differs, if it is of another configuration."""
-    progress = Progress(**read_json(folder / "state.json", "checkpoint state"))
-    different = sorted(
-        name for name in progress.identity.keys() | identity.keys() if progress.identity.get(name) != identity.get(name)
-    )
+    record = read_json(folder / _STATE, "checkpoint state")
+    theirs = record["identity"]
+    different = sorted(name for name in theirs.keys() | identity.keys() if theirs.get(name) != identity.get(name))
     if different:
         raise InputError(
-            f"{folder} is a checkpoint of another configuration ({', '.join(different)} differ): "
-            "give the same options, another --run-dir, or --restart to begin again"
+            f"{folder} is a checkpoint of another run ({', '.join(different)} differ): "
+            "give the same options and data, another --run-dir, or --restart to begin again"
         )
-    engine.load_checkpoint(str(folder), tag=_ENGINE)
+    load_encoder(engine.module, folder / "encoder.safetensors")
+    _remember(engine, load_file(folder / "optimizer.safetensors"), record["optimizer_steps"])
+    engine.lr_scheduler.load_state_dict({**record["schedule"], "lr_lambdas": [None]})
+    for group, rate in zip(engine.optimizer.param_groups, record["schedule"]["_last_lr"]):
+        group["lr"] = rate
+    scaler = _loss_scaler(engine)
+    if scaler and record["loss_scaler"]:
+        scaler[1](record["loss_scaler"])
     peaks.places.copy_(load_file(folder / "peaks.safetensors")["places"])
-    return progress
+    return Progress(**{**record["progress"], "loss_sums": tuple(record["progress"]["loss_sums"])})
 
 
 def discard(run_dir: Path) -> None:
@@ -84,10 +131,68 @@ def discard(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def _complete(run_dir: Path) -> list[Path]:
-    return sorted(path for path in (run_dir / "checkpoints").glob("epoch-*") if (path / "state.json").is_file())
+def _all(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _optimizer_memory(engine: Any) -> dict[str, Tensor]:
+    """What the optimizer remembers of each weight, such as "exp_avg/stem.0.weight". All ranks call it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    memory = {}
+    for name, weight in engine.module.named_parameters():
+        for key in _kinds(engine):
+            if engine.zero_optimization_stage() == 0:
+                value = engine.optimizer.state[weight][key]
+            else:
+                value = safe_get_full_optimizer_state(weight, key)
+            # safetensors keeps no memory format.
+            memory[f"{key}/{name}"] = value.detach().contiguous()
+    return memory
+
+
+def _remember(engine: Any, memory: dict[str, Tensor], steps: int) -> None:
+    """Give the optimizer back what it knew after `steps` steps."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    kinds = _kinds(engine)
+    counted = {"step": torch.tensor(float(steps))} if "exp_avg" in kinds else {}
+    if engine.zero_optimization_stage() == 0:
+        for name, weight in engine.module.named_parameters():
+            # In the weight's memory format, as the optimizer itself would have it.
+            state = {key: torch.empty_like(weight).copy_(memory[f"{key}/{name}"]) for key in kinds}
+            engine.optimizer.state[weight] = {**{key: value.clone() for key, value in counted.items()}, **state}
+        return
+    zero = engine.optimizer
+    for flat in zero.single_partition_of_fp32_groups:
+        state = {key: torch.zeros_like(flat) for key in kinds}
+        zero.optimizer.state[flat] = {**{key: value.clone() for key, value in counted.items()}, **state}
+    zero._lazy_init_hp_params_optimizer_state()
+    for name, weight in engine.module.named_parameters():
+        safe_set_full_fp32_param(weight, weight.detach().float())
+        for key in kinds:
+            safe_set_full_optimizer_state(weight, memory[f"{key}/{name}"].to(weight.device), key)
+
+
+def _kinds(engine: Any) -> tuple[str, ...]:
+    group = engine.optimizer.param_groups[0]
+    if "betas" in group:
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if group["momentum"] > 0 else ()
+
+
+def _loss_scaler(engine: Any) -> tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]] | None:
+    """How to read and set the state of float16's loss scaling; None where there is none."""
+    if engine.torch_autocast_z0_gradscaler is not None:
+        scaler = engine.torch_autocast_z0_gradscaler
+        return scaler.state_dict, scaler.load_state_dict
+    if engine.zero_optimization_stage() > 0:
+        scaler = engine.optimizer.loss_scaler
+        plain = (bool, int, float)
+        return lambda: {k: v for k, v in vars(scaler).items() if isinstance(v, plain)}, vars(scaler).update
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

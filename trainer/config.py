@@ -7,8 +7,8 @@ is made from these classes, so a knob that is not here does not exist.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ Architecture = Literal["resnet18", "resnet34", "resnet50"]
 
 
 def _require(holds: bool, field_name: str, value: object, remedy: str) -> None:
-    if not holds:
+    if not holds or (isinstance(value, float) and not math.isfinite(value)):
         raise InputError(f"{field_name} is {value}; {remedy}")
 
 
@@ -152,6 +152,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "phases", self, "give each phase 1 epoch or more")
+        _require(math.isfinite(self.theta + self.lam), "phases", self, "give θ and λ as finite numbers")
         _require(min(self.theta, self.lam) >= 0 < self.theta + self.lam, "phases", self, "let θ or λ be above 0")
 
     @classmethod
@@ -182,6 +183,12 @@ class TrackingConfig:
     offline: bool = False
     """Record in the run folder only; deliver later with python -m trainer.tracking and trainer.registry."""
 
+    def __post_init__(self) -> None:
+        for name in ("model_name", "alias"):
+            value = getattr(self, name) or ""
+            holds = not set(value) & set("/:@")
+            _require(holds, f"tracking.{name.replace('_', '-')}", repr(value), "leave out the characters / : @")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -196,7 +203,7 @@ class TrainConfig:
     run_dir: Path | None = None
     """Run folder. Default: runs/PROTOCOL-SPLIT-seedSEED."""
     restart: bool = False
-    """Discard the run folder's checkpoints and start over, instead of going on from the last one."""
+    """Discard what the run folder holds and start over, instead of going on from its last checkpoint."""
     seed: int = 0
     """Seed of initial weights, order, views and mixing; 0 to 2⁶³ − 1."""
 
@@ -235,10 +242,12 @@ class TrainConfig:
     """Evaluate on the test images every so many epochs; 0: only at the end."""
     checkpoint_every: int = 10
     """Write a checkpoint every so many epochs; 1 or more. The last epoch always writes one."""
+    checkpoint_minutes: float = 10.0
+    """Write one also when the last is so many minutes old, at a reading of the losses; above 0."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep; 1 or more."""
     log_every: int = 10
-    """Read the losses from the device every so many steps; 1 or more."""
+    """Read the losses from the device every so many steps; 1 or more. Several ranks notice a request to stop then."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -253,6 +262,14 @@ class TrainConfig:
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             _require(value >= 1, name.replace("_", "-"), value, "set it to 1 or more")
+        _require(self.checkpoint_minutes > 0, "checkpoint-minutes", self.checkpoint_minutes, "set it above 0")
+        warmup = self.optimizer.warmup_epochs
+        _require(
+            warmup < self.total_epochs or warmup == 0,
+            "optimizer.warmup-epochs",
+            warmup,
+            f"set it below the {self.total_epochs} epochs of the run",
+        )
         _require(self.evaluate_every >= 0, "evaluate-every", self.evaluate_every, "set it to 0 or more")
 
     @property
@@ -289,17 +306,14 @@ class TrainConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that decide what the training computes: a checkpoint fits another run only if these are equal."""
+        """The fields that decide what the training computes; files that they name are known by their content, see
+        `trainer.train.run_identity`."""
         free = {
-            "data", "run_dir", "restart", "cache", "workers", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-            "log_every", "tracking", "k", "ks", "accept",
+            "data", "run_dir", "restart", "cache", "workers", "evaluate_every", "checkpoint_every",
+            "checkpoint_minutes", "keep_checkpoints", "log_every", "tracking", "k", "ks", "accept", "deepspeed_config",
+            "init_from",
         }  # fmt: skip
         return {name: value for name, value in self.to_dict().items() if name not in free}
-
-    @property
-    def hash(self) -> str:
-        """12 hexadecimal digits of `identity`."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # Views that keep a digit the digit it is: no flip, no colour.

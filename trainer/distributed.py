@@ -1,13 +1,20 @@
-"""Ranks: who am I, how many are we, and a gather through which gradients flow.
+"""Ranks: who am I, how many are we, a gather through which gradients flow, and deciding and failing together.
 
 Everything here is what one process alone would do when `torch.distributed` is not initialised.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data_pipeline.errors import InputError
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -57,3 +64,20 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean of `tensor` over ranks, without gradient."""
     return sum_over_ranks(tensor) / world_size()
+
+
+def from_first_rank(action: Callable[[], Result]) -> Result:
+    """What `action` returns on the first rank, the only one to run it; all ranks raise the `InputError` it raises."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            if world_size() == 1:
+                raise
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]

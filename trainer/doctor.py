@@ -129,13 +129,13 @@ def slurm() -> Iterator[Finding]:
 
 
 def data_folders() -> Iterator[Finding]:
-    manifests = sorted(Path("data").glob("*/train.beton.json"))
+    manifests = sorted(Path("data").glob("[!.]*/manifest.json"))
     if not manifests:
         yield Finding("data", "optional", "nothing built in data/", "python -m data_pipeline.build --help")
     for manifest in manifests:
         try:
-            count = json.loads(manifest.read_text(encoding="utf-8"))["count"]
-        except (OSError, ValueError, KeyError):
+            count = json.loads(manifest.read_text(encoding="utf-8"))["files"]["train"]["count"]
+        except (OSError, ValueError, KeyError, TypeError):
             yield Finding(
                 "data", "optional", f"{manifest} is unreadable", f"delete {manifest.parent} and build it again"
             )

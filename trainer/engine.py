@@ -40,27 +40,52 @@ def join_ranks() -> torch.device:
 def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, Any]:
     """The user's DeepSpeed JSON, or the built-in one: ZeRO 0, bfloat16 on a GPU and float32 on a CPU.
 
-    Batch size, optimizer and schedule belong to the training configuration; a file that sets them is refused.
+    Batch size, optimizer and schedule belong to the training configuration; a file that sets them is refused. Low
+    precision is PyTorch's autocast, whichever section asks for it: weights and batch-norm statistics stay float32.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 0}, "bf16": {"enabled": device.type != "cpu"}}
+        config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+        return config if device.type == "cpu" else {**config, "torch_autocast": _autocast("bfloat16")}
     if not path.is_file():
         raise InputError(f"there is no DeepSpeed configuration {path}: correct --deepspeed-config")
     config = read_json(path, "DeepSpeed configuration")
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a DeepSpeed configuration: it must hold a JSON object")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"):
         if config.get(key, "auto") != "auto":
             raise InputError(f"{path} sets {key}, which --batch-size and --optimizer.* decide: remove it there")
         config.pop(key, None)
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if config.pop(section, {}).get("enabled"):
+            config["torch_autocast"] = _autocast(dtype)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise InputError(
+            f"{path} sets ZeRO stage {stage}; set it to 0, 1 or 2: the networks here are too small to be split"
+        )
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise InputError(f"{path} sets gradient_accumulation_steps to {accumulation}; set it to 1 or more")
     return config
 
 
-def micro_batch_size(batch_size: int, world_size: int, deepspeed_config: dict[str, Any]) -> int:
-    """Images that a rank handles at a time, from the batch over all ranks and the accumulation in the JSON."""
-    parts = world_size * deepspeed_config.get("gradient_accumulation_steps", 1)
+def _autocast(dtype: str) -> dict[str, Any]:
+    return {"enabled": True, "dtype": dtype}
+
+
+def autocast_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype | None:
+    """The low precision that convolutions run in; None for float32 throughout."""
+    section = deepspeed_config.get("torch_autocast", {})
+    return getattr(torch, section.get("dtype", "bfloat16")) if section.get("enabled") else None
+
+
+def micro_batch_size(batch_size: int, world_size: int, accumulation: int) -> int:
+    """Images that a rank handles at a time, from the batch over all ranks and the accumulated micro-batches."""
+    parts = world_size * accumulation
     if batch_size % parts or batch_size // parts < 2:
         raise InputError(
             f"a batch of {batch_size} cannot be split evenly over {parts} parts of two or more images "
-            f"({world_size} ranks times accumulation): set --batch-size to a multiple of {parts}"
+            f"({world_size} ranks times {accumulation} micro-batches): set --batch-size to a multiple of {parts}"
         )
     return batch_size // parts
 
@@ -78,19 +103,25 @@ def make_engine(
     import deepspeed
 
     optimizer = _optimizer(encoder, config)
-    engine, *_ = deepspeed.initialize(
-        model=encoder,
-        optimizer=optimizer,
-        lr_scheduler=lambda wrapped: LambdaLR(wrapped, lambda step: _share(step, config, total_steps, warmup_steps)),
-        config={
-            "train_micro_batch_size_per_gpu": micro_batch,
-            # Ours is a plain PyTorch optimizer by choice, which DeepSpeed otherwise calls untested with ZeRO.
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**31,
-            **deepspeed_config,
-        },
-    )
-    if engine.zero_optimization_stage() == 0 and next(encoder.parameters()).dtype == torch.float32:
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        # Ours is a plain PyTorch optimizer by choice, which DeepSpeed otherwise calls untested with ZeRO.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        **deepspeed_config,
+    }
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=encoder,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: LambdaLR(
+                wrapped, lambda step: _share(step, config, total_steps, warmup_steps)
+            ),
+            config=settings,
+        )
+    except (ValueError, AssertionError, TypeError) as error:  # how it answers a configuration that it does not take
+        raise InputError(f"DeepSpeed refuses its configuration ({' '.join(str(error).split())}): correct it") from error
+    if engine.zero_optimization_stage() == 0:
         # Faster convolutions. Not before `initialize`, which broadcasts weights as contiguous bytes, and not where
         # DeepSpeed keeps the weights as pieces of one flat buffer.
         engine.module.to(memory_format=torch.channels_last)

@@ -14,26 +14,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_pipeline import cli
-from data_pipeline.beton import find_folder, read_manifest
+from data_pipeline.beton import Build, find_split
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, load_all
-from data_pipeline.protocols import Protocol
+from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig
 from trainer.encoder import Encoder
 from trainer.metrics import closed_set_accuracy, open_set_metrics
 from trainer.open_set import calibrate_threshold
-from trainer.registry import UNKNOWN_NAME, ModelCard, OpenSetModel, load_model
+from trainer.registry import ModelCard, OpenSetModel, load_model
 
 Task = Literal["osr", "closed-set"]
 
 
-def build_model(encoder: Encoder, folder: Path, config: TrainConfig, protocol: Protocol) -> OpenSetModel:
+def build_model(encoder: Encoder, build: Build, config: TrainConfig) -> OpenSetModel:
     """A model from a trained encoder: training images become its gallery, calibration images set its threshold."""
-    manifest = read_manifest(folder / "train.beton")
+    manifest, protocol = build.manifest, build.protocol
     device = next(encoder.parameters()).device
     card = ModelCard(
         protocol=protocol.to_dict(),
@@ -48,30 +49,30 @@ def build_model(encoder: Encoder, folder: Path, config: TrainConfig, protocol: P
         threshold=0.0,
         accept=config.accept,
     )
-    train = load_all(folder / "train.beton", device=device, workers=config.workers)
+    train = load_all(build, "train", device=device, workers=config.workers)
     model = OpenSetModel(card, encoder, train.images.new_empty((0, config.encoder.embedding_dim)), train.labels)
     model.gallery = model.embed(train.images)
-    held_out = load_all(folder / "calibration.beton", device=device, workers=config.workers)
+    held_out = load_all(build, "calibration", device=device, workers=config.workers)
     scores = model.score(held_out.images, [config.k]).scores.squeeze(1)
     model.card = dataclasses.replace(card, threshold=calibrate_threshold(scores, config.accept))
     return model
 
 
-def evaluate_open_set(model: OpenSetModel, folder: Path, ks: Sequence[int], workers: int = 1) -> dict[str, Any]:
+def evaluate_open_set(model: OpenSetModel, build: Build, ks: Sequence[int], workers: int = 1) -> dict[str, Any]:
     """AUROC, OSCR and closed-set accuracy as {k: value}, and what the threshold does to known and unknown images.
 
     A protocol without unknown classes has closed-set accuracy only.
     """
-    known = load_all(folder / "test_known.beton", device=model.device, workers=workers)
+    known = load_all(build, "test_known", device=model.device, workers=workers)
     ks = usable_ks(model, ks)
     scores, predictions = (column.cpu().numpy() for column in model.score(known.images, ks))
     labels = known.labels.cpu().numpy()
     at_k = scores[:, ks.index(model.card.k)]
     result: dict[str, Any] = {"test_known": len(labels), "known_accepted": float((at_k >= model.card.threshold).mean())}
-    if not (folder / "test_unknown.beton").is_file():
+    if "test_unknown" not in build:
         accuracy = {k: closed_set_accuracy(predictions[:, column], labels) for column, k in enumerate(ks)}
         return {"closed_set_accuracy": accuracy, **result}
-    unknown = load_all(folder / "test_unknown.beton", device=model.device, workers=workers)
+    unknown = load_all(build, "test_unknown", device=model.device, workers=workers)
     unknown_scores = model.score(unknown.images, ks).scores.cpu().numpy()
     rejected = float((unknown_scores[:, ks.index(model.card.k)] < model.card.threshold).mean())
     metrics = open_set_metrics(scores, predictions, labels, unknown_scores, ks)
@@ -92,25 +93,26 @@ def metrics_table(result: dict[str, Any], title: str) -> Table:
     """One row for each k; percent."""
     names = {"auroc": "AUROC", "oscr": "OSCR", "closed_set_accuracy": "closed-set accuracy"}
     present = [name for name in names if name in result]
-    table = Table("k", *(names[name] for name in present), title=title)
+    table = Table("k", *(names[name] for name in present), title=escape(title))
     for k in result["closed_set_accuracy"]:
         table.add_row(str(k), *(f"{100 * result[name][k]:.2f}" for name in present))
     return table
 
 
-def name_examples(model: OpenSetModel, folder: Path, count: int, class_names: Sequence[str]) -> Table:
+def name_examples(model: OpenSetModel, build: Build, count: int) -> Table:
     """What the model says to `count` test images, half of them of unknown classes where there are any."""
-    parts = [name for name in ("test_known", "test_unknown") if (folder / f"{name}.beton").is_file()]
+    parts = [name for name in ("test_known", "test_unknown") if name in build]
     table = Table("image", "truth", "answer", "nearest class", "score", "threshold", title="A few test images")
     for name in parts:
-        batch = _evenly(load_all(folder / f"{name}.beton", device=model.device), count // len(parts))
+        batch = _evenly(load_all(build, name, device=model.device), count // len(parts))
         answers = model.predict(batch.images)
         for row, (index, label) in enumerate(zip(batch.indices.tolist(), batch.labels.tolist())):
-            truth = class_names[label] if label >= 0 else f"({UNKNOWN_NAME})"
+            truth = model.card.class_names[label] if label >= 0 else UNKNOWN
             answer = answers["label"][row]
-            right = answer == truth.strip("()")
+            colour = "green" if answer == truth else "red"
             table.add_row(
-                f"{name}[{index}]", truth, f"[{'green' if right else 'red'}]{answer}[/]", answers["class"][row],
+                escape(f"{name}[{index}]"), escape(truth if label >= 0 else f"({truth})"),
+                f"[{colour}]{escape(answer)}[/]", escape(answers["class"][row]),
                 f"{answers['score'][row]:.3f}", f"{model.card.threshold:.3f}",
             )  # fmt: skip
     return table
@@ -146,25 +148,33 @@ class EvaluateConfig:
     workers: int = 1
     """FFCV decoding threads, 1 or more."""
 
+    def __post_init__(self) -> None:
+        if min(self.ks, default=0) < 1:
+            raise InputError(f"ks is {self.ks}; set every k to 1 or more")
+        if self.examples < 0:
+            raise InputError(f"examples is {self.examples}; set it to 0 or more")
+        if self.workers < 1:
+            raise InputError(f"workers is {self.workers}; set it to 1 or more")
+
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     model = load_model(config.model, config.tracking_uri, device_by_default())
     protocol = Protocol.from_dict(model.card.protocol)
-    folder = find_folder(config.data, protocol)
-    name = config.model.removeprefix("models:/").replace("/", "-")
+    build = find_split(config.data, protocol)
+    if config.task == "osr" and "test_unknown" not in build:
+        raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
+    name = config.model.removeprefix("models:/").strip("/").replace("/", "-")
     run = RunFolder(config.run_dir or Path("runs") / f"evaluate-{config.task}-{name}", console)
     record = {key: str(value) for key, value in dataclasses.asdict(config).items()}
     run.write_config({"config": record, "split_hash": protocol.split_hash, "commit": source_commit()})
-    if config.task == "osr" and "test_unknown" not in protocol.partitions:
-        raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
-    result = evaluate_open_set(model, folder, config.ks, config.workers)
+    result = evaluate_open_set(model, build, config.ks, config.workers)
     if config.task == "closed-set":
         result = {key: result[key] for key in ("closed_set_accuracy", "test_known")}
     run.write_metrics(result)
     title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
     console.print(metrics_table(result, title))
     if config.examples:
-        console.print(name_examples(model, folder, config.examples, model.card.class_names))
+        console.print(name_examples(model, build, config.examples))
     run.log(f"written to {run.path}")
     return result
 

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from data_pipeline import cli
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
+from data_pipeline.protocols import UNKNOWN
 from data_pipeline.views import render_plain
 from trainer.config import EncoderConfig
 from trainer.encoder import Encoder, embed, load_encoder, save_encoder
 from trainer.open_set import Scores, decide, score
 from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
-
-UNKNOWN_NAME = "unknown"
 
 _BATCH = 256
 
@@ -87,15 +86,15 @@ class OpenSetModel:
         """For uint8 images (M, H, W, C): `label` is the class name or "unknown", `class` the nearest class whatever the
         score, `score` the score that was compared with the threshold."""
         scores, predictions = (column.squeeze(1).cpu() for column in self.score(images, [self.card.k]))
-        names = np.array([*self.card.class_names, UNKNOWN_NAME], dtype=object)
+        names = np.array([*self.card.class_names, UNKNOWN], dtype=object)
         decided = decide(scores, predictions, self.card.threshold)
         return {"label": names[decided.numpy()], "class": names[predictions.numpy()], "score": scores.numpy()}
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_encoder(self.encoder, folder / "encoder.safetensors")
-        save_file({"embeddings": self.gallery, "labels": self.gallery_labels}, folder / "gallery.safetensors")
-        write_json(folder / "model.json", self.card.to_dict())
+        with full_disk_is_bad_input(folder), replacing_folder(folder) as partial:
+            save_encoder(self.encoder, partial / "encoder.safetensors")
+            save_file({"embeddings": self.gallery, "labels": self.gallery_labels}, partial / "gallery.safetensors")
+            write_json(partial / "model.json", self.card.to_dict())
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
@@ -121,22 +120,39 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
         alias: moved to the new version; "" leaves aliases alone.
     """
     import mlflow
-    from mlflow.models import ModelSignature
     from mlflow.tracking import MlflowClient
-    from mlflow.types import ColSpec, Schema, TensorSpec
 
-    link = _link(run_dir)
+    link = Link.read(run_dir)
     card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
     check_store(link.uri)
     deliver(run_dir)
-    link = _link(run_dir)
+    link = Link.read(run_dir)
     mlflow.set_tracking_uri(link.uri)
+    client = MlflowClient(link.uri)
+    # A crash between the registration and the note of it leaves a version of this run: it is taken, not made again.
+    found = client.search_model_versions(f"run_id = '{link.run_id}'") if link.version is None else []
+    version = link.version or next((str(each.version) for each in found if each.name == model_name), None)
+    if version is None:
+        version = _log_model(run_dir, model_name, link.run_id, card)
+    client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
+    if alias:
+        client.set_registered_model_alias(model_name, alias, version)
+    link.replaced(version=version).save(run_dir)
+    return version
+
+
+def _log_model(run_dir: Path, model_name: str, run_id: str, card: ModelCard) -> str:
+    """A new version of `model_name` from `run_dir`/model."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, card.channels), "images")]),
         outputs=Schema([ColSpec("string", "label"), ColSpec("string", "class"), ColSpec("double", "score")]),
     )
     # MLflow congratulates on standard error.
-    with mlflow.start_run(run_id=link.run_id), contextlib.redirect_stderr(io.StringIO()):
+    with mlflow.start_run(run_id=run_id), contextlib.redirect_stderr(io.StringIO()):
         info = mlflow.pyfunc.log_model(
             name="model",
             loader_module="trainer.registry",
@@ -147,13 +163,7 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
             pip_requirements=["gradmix-osr"],
             metadata={"split_hash": card.split_hash, "protocol": card.protocol["name"]},
         )
-    # Leaving `start_run` marks the run finished; its own status is the journal's to set.
-    client = MlflowClient(link.uri)
-    version = str(info.registered_model_version)
-    client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
-    if alias:
-        client.set_registered_model_alias(model_name, alias, version)
-    return version
+    return str(info.registered_model_version)
 
 
 def load_model(uri: str, tracking_uri: str | None = None, device: torch.device | str = "cpu") -> OpenSetModel:
@@ -163,6 +173,8 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
         InputError: the store does not answer, or has no such model, version or alias.
     """
     if not uri.startswith("models:/"):
+        if not (Path(uri) / "model.json").is_file():
+            raise InputError(f"{uri} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION or a folder of a run")
         return OpenSetModel.load(Path(uri), device)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -193,10 +205,6 @@ def _known_models(store: str) -> str:
         f"{model.name} ({', '.join(f'@{alias}' for alias in model.aliases) or 'no alias'})" for model in models
     ]
     return f"it has {', '.join(described)}"
-
-
-def _link(run_dir: Path) -> Link:
-    return Link(**read_json(run_dir / "mlflow.json", "link to MLflow"))
 
 
 class _PyFunc:

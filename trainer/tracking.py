@@ -1,12 +1,13 @@
 """Runs in MLflow, by way of a journal in the run folder, so that tracking can neither slow nor stop training.
 
 Training appends to `journal.jsonl` and goes on. A background thread carries the journal to MLflow; what it could not
-deliver is delivered by `python -m trainer.tracking RUN_FOLDER`. Every point keeps its own time stamp, and MLflow stores
-equal points once, so delivering twice does no harm.
+deliver is delivered by `python -m trainer.tracking sync RUN_FOLDER`. Every point keeps its own time stamp, and MLflow
+stores equal points once, so delivering twice does no harm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -22,13 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import tyro
+
 from data_pipeline import cli
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, write_json
 
 DEFAULT_URI = "sqlite:///mlruns.db"
 
+# What one request may hold, and one parameter.
 _POINTS_PER_REQUEST = 1000
+_PARAMS_PER_REQUEST = 100
+_PARAM_LENGTH = 500
 _RETRY_SECONDS = 5.0
 _CLOSE_SECONDS = 30.0
 
@@ -121,15 +127,28 @@ class Link:
     delivered: int = 0
     """Lines of the journal that MLflow has."""
     status: str = "RUNNING"
+    version: str | None = None
+    """Of the run's model in the registry; None: not registered yet."""
 
     @classmethod
     def open(cls, run_dir: Path, *, uri: str, experiment: str) -> Link:
-        path = run_dir / "mlflow.json"
-        if path.is_file():
-            return cls(**read_json(path, "link to MLflow"))
-        link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex)
+        """The link of a run folder, made if there is none. Another store or experiment gets the whole run again."""
+        if (run_dir / "mlflow.json").is_file():
+            link = cls.read(run_dir)
+            if (link.uri, link.experiment) == (uri, experiment):
+                return link
+            link = link.replaced(uri=uri, experiment=experiment, run_id=None, delivered=0, version=None)
+        else:
+            link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex)
         link.save(run_dir)
         return link
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Link:
+        try:
+            return cls(**read_json(run_dir / "mlflow.json", "link to MLflow"))
+        except TypeError as error:
+            raise InputError(f"{run_dir / 'mlflow.json'} is not a link to MLflow of this version: delete it") from error
 
     def save(self, run_dir: Path) -> None:
         write_json(run_dir / "mlflow.json", self.__dict__)
@@ -159,21 +178,22 @@ class JournalTracker:
             return
         self._logged.add((step, *metrics))
         line = {"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
+        with full_disk_is_bad_input(self._run_dir / "journal.jsonl"):
+            self._journal.write(json.dumps(line) + "\n")
+            self._journal.flush()
         self._wake.set()
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED, and give delivery half a minute to catch up."""
-        self._journal.close()
+        with contextlib.suppress(OSError):  # a full disk; what it has not taken is at most the line that said so
+            self._journal.close()
         self._stop.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
             if self._thread.is_alive():
                 return
-        link = Link.open(self._run_dir, uri="", experiment="").replaced(status=status)
-        link.save(self._run_dir)
+        Link.read(self._run_dir).replaced(status=status).save(self._run_dir)
         if self._thread is not None:
             _try(lambda: deliver(self._run_dir))
 
@@ -193,10 +213,14 @@ def deliver(run_dir: Path) -> int:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    link = Link(**read_json(run_dir / "mlflow.json", "link to MLflow"))
+    link = Link.read(run_dir)
     client = MlflowClient(link.uri)
     if link.run_id is None:
-        link = link.replaced(run_id=_find_or_create_run(client, link, run_dir))
+        record = read_json(run_dir / "config.json", "configuration")
+        run_id = _find_or_create_run(client, link, record)
+        # Noted only when the run is described: a crash in between repeats it, which changes nothing.
+        _describe(client, run_id, record)
+        link = link.replaced(run_id=run_id)
         link.save(run_dir)
     lines = _journal_lines(run_dir)[link.delivered :]
     points: list[Metric] = []
@@ -217,8 +241,7 @@ def discard_journal(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _find_or_create_run(client: Any, link: Link, run_dir: Path) -> str:
-    from mlflow.entities import Param
+def _find_or_create_run(client: Any, link: Link, record: Mapping[str, Any]) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -233,13 +256,18 @@ def _find_or_create_run(client: Any, link: Link, run_dir: Path) -> str:
     found = client.search_runs([experiment_id], f"tags.`gradmix.key` = '{link.key}'")
     if found:
         return found[0].info.run_id
-    record = read_json(run_dir / "config.json", "configuration")
     tags = {"gradmix.key": link.key, "mlflow.runName": link.run_name, "split_hash": record.get("split_hash", "")}
-    run = client.create_run(experiment_id, tags=tags, run_name=link.run_name)
-    params = [Param(key, value[:500]) for key, value in _flatten(record.get("config", {})).items()]
-    client.log_batch(run.info.run_id, params=params[:100])
-    client.log_dict(run.info.run_id, record, "config.json")
-    return run.info.run_id
+    return client.create_run(experiment_id, tags=tags, run_name=link.run_name).info.run_id
+
+
+def _describe(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
+    """The configuration as parameters, and as a file."""
+    from mlflow.entities import Param
+
+    params = [Param(key, value[:_PARAM_LENGTH]) for key, value in _flatten(record.get("config", {})).items()]
+    for start in range(0, len(params), _PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
+    client.log_dict(run_id, dict(record), "config.json")
 
 
 def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -274,25 +302,34 @@ def _try(action: Any) -> bool:
     return True
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyncConfig:
-    """Which run folders to deliver."""
-
-    run_dirs: tuple[Path, ...]
-    """Run folders, such as runs/demo."""
+app = tyro.extras.SubcommandApp()
 
 
-def main() -> None:
-    config = cli.parse(
-        SyncConfig,
-        prog="python -m trainer.tracking",
-        description="Deliver to MLflow what run folders have recorded and it does not have yet.",
-    )
-    for run_dir in config.run_dirs:
-        link = Link(**read_json(run_dir / "mlflow.json", "link to MLflow"))
+@app.command
+def sync(run_dirs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Deliver to MLflow what run folders have recorded and it does not have yet.
+
+    Args:
+        run_dirs: Run folders, such as runs/demo.
+    """
+    for run_dir in run_dirs:
+        link = Link.read(run_dir)
         check_store(link.uri)
-        print(f"{run_dir}: {deliver(run_dir)} new journal lines delivered to {link.uri}")
+        print(f"{run_dir}: {deliver(run_dir)} new journal lines delivered to {without_password(link.uri)}")
+
+
+@app.command
+def status(run_dirs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Say how much of what run folders have recorded MLflow has.
+
+    Args:
+        run_dirs: Run folders, such as runs/demo.
+    """
+    for run_dir in run_dirs:
+        link = Link.read(run_dir)
+        lines = len(_journal_lines(run_dir))
+        print(f"{run_dir}: {link.status}, {link.delivered} of {lines} lines are in {without_password(link.uri)}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(lambda: app.cli(prog="python -m trainer.tracking", description=__doc__.split("\n")[0]))

@@ -7,11 +7,17 @@ patch goes.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import platform
 import resource
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,24 +30,32 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline import cli
-from data_pipeline.beton import find_build, read_manifest
+from data_pipeline.beton import Build, find_build
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Loader, open_loader
-from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
 from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, peaks, random_places
-from trainer.batch_norm import synchronise
+from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig, recipe
-from trainer.distributed import mean_over_ranks, rank, world_size
+from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
 from trainer.encoder import Encoder, load_encoder
-from trainer.engine import join_ranks, make_engine, micro_batch_size, read_deepspeed_config
+from trainer.engine import autocast_dtype, join_ranks, make_engine, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import build_model, evaluate_open_set, metrics_table
 from trainer.losses import Objective, objective
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.registry import register
-from trainer.tracking import JournalTracker, NullTracker, Tracker, check_store, discard_journal, resolve_uri
+from trainer.tracking import (
+    JournalTracker,
+    Link,
+    NullTracker,
+    Tracker,
+    check_store,
+    discard_journal,
+    resolve_uri,
+    without_password,
+)
 
 LOSS_PARTS = Objective._fields
 
@@ -49,23 +63,26 @@ LOSS_PARTS = Objective._fields
 class Trainer:
     """Everything one training run holds: data, views, engine, peaks."""
 
-    def __init__(self, config: TrainConfig, protocol: Protocol, folder: Path, device: torch.device) -> None:
-        self.config, self.protocol, self.device = config, protocol, device
+    def __init__(self, config: TrainConfig, build: Build, device: torch.device) -> None:
+        self.config, self.build, self.device = config, build, device
+        manifest = build.manifest
         deepspeed_config = read_deepspeed_config(config.deepspeed_config, device)
-        micro_batch = micro_batch_size(config.batch_size, world_size(), deepspeed_config)
+        self.autocast_dtype = autocast_dtype(deepspeed_config)
+        # A step of the optimizer may take several batches.
+        self.accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
+        micro_batch = micro_batch_size(config.batch_size, world_size(), self.accumulation)
         self.loader: Loader = open_loader(
-            folder / "train.beton",
+            build,
             micro_batch,
             device=device,
             seed=config.seed,
             rank=rank(),
             world_size=world_size(),
+            accumulation=self.accumulation,
             workers=config.workers,
             cache=config.cache,
         )
-        manifest = self.loader.manifest
-        self.image_size = manifest.image_size
-        self.peaks = PeakStore(manifest.count, config.mixing.num_patches, device)
+        self.peaks = PeakStore(self.loader.count, config.mixing.num_patches, device)
 
         torch.manual_seed(config.seed)  # initial weights; all other random numbers are functions of their place
         encoder = Encoder(config.encoder, manifest.channels)
@@ -73,8 +90,7 @@ class Trainer:
             load_encoder(encoder, config.init_from)
         if config.batch_norm == "global" and world_size() > 1:
             encoder = synchronise(encoder, device)
-        accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
-        steps_per_epoch = len(self.loader) / accumulation
+        steps_per_epoch = len(self.loader) / self.accumulation
         self.engine = make_engine(
             encoder.to(device),
             config.optimizer,
@@ -83,7 +99,6 @@ class Trainer:
             total_steps=round(steps_per_epoch * config.total_epochs),
             warmup_steps=round(steps_per_epoch * config.optimizer.warmup_epochs),
         )
-        self.dtype = next(self.engine.module.parameters()).dtype
 
     def train_step(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """One forward, backward and update; returns the loss parts (4,) in the order of `LOSS_PARTS`, on the device."""
@@ -127,15 +142,15 @@ class Trainer:
 
     def render(self, batch: Batch, first: ViewParameters, second: ViewParameters, **patches: Any) -> Tensor:
         """The views of the batch in blocks (2N, C, h, w), or with `patches` as `render_views` takes them (3N, …)."""
-        info = self.protocol.info
+        info = self.build.protocol.info
         return render_views(
             batch.images,
             first,
             second,
-            size=self.image_size,
+            size=self.build.manifest.image_size,
             mean=info.mean,
             std=info.std,
-            dtype=self.dtype,
+            dtype=self.autocast_dtype or torch.float32,
             **patches,
         )
 
@@ -165,8 +180,10 @@ class Trainer:
         """Peaks (N, P, 2) of the first of the views (2N, C, h, w) by an extra pass that changes neither gradients nor
         statistics."""
         mixing, encoder = self.config.mixing, self.engine.module
+        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         with frozen_statistics(encoder):
-            encoded = encoder(views, mixing.layers)
+            with autocast:
+                encoded = encoder(views, mixing.layers)
             losses = objective(encoded.embeddings, batch.labels, None, self.config.objective_at(epoch))
             maps = list(encoded.maps.values())
             gradients = torch.autograd.grad(losses.total, maps)
@@ -175,80 +192,162 @@ class Trainer:
 
 
 class LossLog:
-    """Loss parts of the steps since the last reading, kept on the device so that no step waits for the host."""
+    """The loss parts of an epoch. They stay on the device until they are read, so that no step waits for the host."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, epoch: int, step: int, sums: Sequence[float]) -> None:
+        """Continue epoch `epoch`, of which `step` steps are done and their loss parts add up to `sums`."""
+        self.epoch, self.step, self.sums = epoch, step, [*sums] or [0.0] * len(LOSS_PARTS)
         self._rows: list[Tensor] = []
 
     def add(self, parts: Tensor) -> None:
         self._rows.append(parts)
 
-    def read(self, epoch: int, step: int) -> dict[str, float]:
-        """The mean of each part over ranks and steps; `step` is the newest step's number.
+    def read(self, last_checkpoint: Callable[[], Path | None], wish: bool) -> tuple[dict[str, float], bool]:
+        """The mean of each part over ranks and the steps since the last reading, and whether any rank has a `wish`.
 
         Raises:
             InputError: a loss was not finite; names the step, the parts and the checkpoint to go back to.
         """
-        rows = mean_over_ranks(torch.stack(self._rows)).cpu()
-        first_step = step - len(self._rows) + 1
+        rows = torch.stack(self._rows)
+        # One collective for both: the wish is one more column.
+        rows = mean_over_ranks(torch.cat([rows, torch.full_like(rows[:, :1], float(wish))], dim=1)).cpu()
         self._rows.clear()
-        for number, row in enumerate(rows):
-            if not row.isfinite().all():
-                parts = ", ".join(f"{name} {value:g}" for name, value in zip(LOSS_PARTS, row.tolist()))
-                last = checkpoint.latest(self._run_dir)
+        for row in rows[:, :-1].tolist():
+            self.step += 1
+            if not all(map(math.isfinite, row)):
+                parts = ", ".join(f"{name} {value:g}" for name, value in zip(LOSS_PARTS, row))
                 raise InputError(
-                    f"the loss is not finite in epoch {epoch}, step {first_step + number} ({parts}): "
-                    f"lower --optimizer.learning-rate; the last good checkpoint is {last or 'none'}"
+                    f"the loss is not finite in epoch {self.epoch + 1}, step {self.step} ({parts}): "
+                    f"lower --optimizer.learning-rate; the last good checkpoint is {last_checkpoint() or 'none'}"
                 )
-        return dict(zip(LOSS_PARTS, rows.mean(dim=0).tolist()))
+            self.sums = [total + value for total, value in zip(self.sums, row)]
+        means = rows.mean(dim=0).tolist()
+        return dict(zip(LOSS_PARTS, means)), means[-1] > 0
+
+    def epoch_means(self) -> dict[str, float]:
+        return {name: total / self.step for name, total in zip(LOSS_PARTS, self.sums)}
 
 
-def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, folder: Path) -> float:
-    """All epochs that are not done yet, with their checkpoints; returns the seconds spent training."""
+def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]) -> float:
+    """All steps that are not done yet, with their checkpoints; returns the seconds spent training.
+
+    Raises:
+        Preempted: the system asked the process to end; a checkpoint of this very step is written.
+    """
     config, loader = trainer.config, trainer.loader
-    done, seconds = resume(trainer, run)
-    losses = LossLog(run.path)
-    with progress_bar(run.console) as bar:
-        task = bar.add_task("", total=config.total_epochs * len(loader), completed=done * len(loader), losses="")
-        for epoch in range(done, config.total_epochs):
-            started, parts = time.perf_counter(), {}
-            for step, batch in enumerate(loader.epoch(epoch)):
+    keeper = Keeper(trainer, run, identity)
+    progress = keeper.resume()
+    seconds = progress.train_seconds
+    with progress_bar(run.console) as bar, requests_to_stop() as asked:
+        task = bar.add_task("", total=config.total_epochs * len(loader), losses="")
+        for epoch in range(progress.epoch, config.total_epochs):
+            losses = LossLog(epoch, progress.step, progress.loss_sums)
+            first_step, earlier, started = progress.step, progress.epoch_seconds, time.perf_counter()
+            for step, batch in enumerate(loader.epoch(epoch, first_step), first_step):
                 losses.add(trainer.train_step(batch, epoch, step))
-                if (step + 1) % config.log_every == 0 or step + 1 == len(loader):
-                    parts = losses.read(epoch, step)
-                    rate = (step + 1) * config.batch_size / (time.perf_counter() - started)
-                    bar.update(
-                        task,
-                        completed=epoch * len(loader) + step + 1,
-                        description=f"epoch {epoch + 1}/{config.total_epochs}",
-                        losses=f"{loss_line(parts)}  {rate:,.0f} images/s",
-                    )
+                between_updates = (step + 1) % trainer.accumulation == 0
+                alone_and_asked = asked and world_size() == 1 and between_updates
+                if not ((step + 1) % config.log_every == 0 or step + 1 == len(loader) or alone_and_asked):
+                    continue
+                parts, wish = losses.read(keeper.newest, bool(asked) or keeper.is_due)
+                took = time.perf_counter() - started
+                rate = (step + 1 - first_step) * loader.batch_size * world_size() / took
+                bar.update(
+                    task,
+                    completed=epoch * len(loader) + step + 1,
+                    description=f"epoch {epoch + 1}/{config.total_epochs}",
+                    losses=f"{loss_line(parts)}  {rate:,.0f} images/s",
+                )
+                if wish and between_updates and step + 1 < len(loader):
+                    keeper.save(epoch, step + 1, losses.sums, earlier + took, seconds, asked)
             trainer.peaks.synchronise()
             took = time.perf_counter() - started
-            seconds += took
-            images = len(loader) * loader.batch_size * world_size()
-            record = {**parts, "images_per_second": images / took, "learning_rate": trainer.engine.get_lr()[0]}
+            seconds += earlier + took
+            rate = (len(loader) - first_step) * loader.batch_size * world_size() / took
+            means = losses.epoch_means()
+            record = {**means, "images_per_second": rate, "learning_rate": trainer.engine.get_lr()[0]}
             tracker.log({f"train/{name}": value for name, value in record.items()}, epoch + 1)
-            run.log_progress(
-                f"epoch {epoch + 1}/{config.total_epochs}  {loss_line(parts)}  {images / took:,.0f} images/s"
-            )
-            if due(epoch, config.checkpoint_every, config.total_epochs):
-                progress = checkpoint.Progress(epochs_done=epoch + 1, train_seconds=seconds, identity=config.identity)
-                checkpoint.save(run.path, trainer.engine, trainer.peaks, progress, keep=config.keep_checkpoints)
+            run.log_progress(f"epoch {epoch + 1}/{config.total_epochs}  {loss_line(means)}  {rate:,.0f} images/s")
+            progress = START  # of the next epoch
+            stop = from_first_rank(lambda: bool(asked)) and epoch + 1 < config.total_epochs
+            if due(epoch, config.checkpoint_every, config.total_epochs) or stop:
+                keeper.save(epoch + 1, 0, (), 0.0, seconds, asked if stop else [])
             if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and rank() == 0:
-                log_evaluation(trainer, tracker, folder, epoch + 1)
+                log_evaluation(trainer, tracker, epoch + 1)
     return seconds
 
 
-def resume(trainer: Trainer, run: RunFolder | NullRunFolder) -> tuple[int, float]:
-    """Epochs already done and the seconds they took, after loading the newest checkpoint if there is one."""
-    newest = checkpoint.latest(run.path)
-    if newest is None:
-        return 0, 0.0
-    progress = checkpoint.load(newest, trainer.engine, trainer.peaks, trainer.config.identity)
-    run.log(f"going on from {newest}: {progress.epochs_done} of {trainer.config.total_epochs} epochs are done")
-    return progress.epochs_done, progress.train_seconds
+START = checkpoint.Progress(epoch=0, step=0, total_steps=0, loss_sums=(), epoch_seconds=0.0, train_seconds=0.0)
+
+
+class Keeper:
+    """Writes a run's checkpoints and finds the one to go on from."""
+
+    def __init__(self, trainer: Trainer, run: RunFolder | NullRunFolder, identity: dict[str, Any]) -> None:
+        self.trainer, self.run, self.identity = trainer, run, identity
+        self._saved = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is old; the first rank's clock says so."""
+        return rank() == 0 and time.monotonic() - self._saved > 60 * self.trainer.config.checkpoint_minutes
+
+    def newest(self) -> Path | None:
+        return checkpoint.latest(self.run.path)
+
+    def resume(self) -> checkpoint.Progress:
+        """Load the newest checkpoint, if there is one."""
+        newest = from_first_rank(lambda: checkpoint.latest(self.run.path, self.run.log))
+        if newest is None:
+            return START
+        progress = checkpoint.load(newest, self.trainer.engine, self.trainer.peaks, self.identity)
+        epochs = self.trainer.config.total_epochs
+        self.run.log(f"going on from {newest}: {progress.epoch} of {epochs} epochs and {progress.step} steps are done")
+        return progress
+
+    def save(
+        self, epoch: int, step: int, sums: Sequence[float], epoch_seconds: float, seconds: float, asked: Sequence[str]
+    ) -> None:
+        """Write a checkpoint after `step` steps of epoch `epoch`; end there if the system `asked` any rank to."""
+        trainer = self.trainer
+        trainer.peaks.synchronise()
+        if trainer.config.batch_norm == "local":
+            agree_on_statistics(trainer.engine.module)
+        progress = checkpoint.Progress(
+            epoch=epoch,
+            step=step,
+            total_steps=epoch * len(trainer.loader) + step,
+            loss_sums=tuple(sums),
+            epoch_seconds=epoch_seconds,
+            train_seconds=seconds,
+        )
+        path = checkpoint.save(
+            self.run.path, trainer.engine, trainer.peaks, progress, self.identity, keep=trainer.config.keep_checkpoints
+        )
+        self._saved = time.monotonic()
+        if sum_over_ranks(torch.tensor(float(len(asked)), device=trainer.device)) > 0:
+            why = asked[0] if asked else "a signal to another rank"
+            message = f"stopped by {why} after {path}: the same command goes on from there"
+            self.run.log(message)
+            raise cli.Preempted(message)
+
+
+@contextmanager
+def requests_to_stop() -> Iterator[list[str]]:
+    """The signals by which the system asked this process to end; they do nothing else within the block."""
+    asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield asked
+        return
+    handlers = {
+        number: signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def loss_line(parts: dict[str, float]) -> str:
@@ -259,15 +358,14 @@ def due(epoch: int, every: int, total: int) -> bool:
     return (epoch + 1) % every == 0 or epoch + 1 == total
 
 
-def log_evaluation(trainer: Trainer, tracker: Tracker, folder: Path, epoch: int) -> None:
-    model = build_model(portable_encoder(trainer), folder, trainer.config, trainer.protocol)
-    result = evaluate_open_set(model, folder, trainer.config.ks, trainer.config.workers)
-    tracker.log(flat_metrics(result), epoch)
+def log_evaluation(trainer: Trainer, tracker: Tracker, epoch: int) -> None:
+    model = build_model(portable_encoder(trainer), trainer.build, trainer.config)
+    tracker.log(flat_metrics(evaluate_open_set(model, trainer.build, trainer.config.ks, trainer.config.workers)), epoch)
 
 
 def portable_encoder(trainer: Trainer) -> Encoder:
     """A float32 copy of the encoder outside of the engine."""
-    encoder = Encoder(trainer.config.encoder, trainer.loader.manifest.channels)
+    encoder = Encoder(trainer.config.encoder, trainer.build.manifest.channels)
     encoder.load_state_dict(trainer.engine.module.state_dict())
     return encoder.to(trainer.device)
 
@@ -295,11 +393,11 @@ def progress_bar(console: Console | None) -> Progress:
     )
 
 
-def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, folder: Path, seconds: float) -> None:
+def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -> None:
     """Build the model, measure it, save it and write `metrics.json`; the first rank's work."""
-    config = trainer.config
-    model = build_model(portable_encoder(trainer), folder, config, trainer.protocol)
-    result = evaluate_open_set(model, folder, config.ks, config.workers)
+    config, protocol = trainer.config, trainer.build.protocol
+    model = build_model(portable_encoder(trainer), trainer.build, config)
+    result = evaluate_open_set(model, trainer.build, config.ks, config.workers)
     model.save(run.path / "model")
     tracker.log(flat_metrics(result), config.total_epochs)
     run.write_metrics(
@@ -308,65 +406,109 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, folder: Path, sec
             "k": config.k,
             "threshold": model.card.threshold,
             "epochs": config.total_epochs,
-            "train_images": trainer.loader.manifest.count,
+            "train_images": trainer.loader.count,
             "train_seconds": seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
     )
     if run.console is not None:
-        run.console.print(metrics_table(result, f"{trainer.protocol.name}, split {trainer.protocol.split} (percent)"))
+        run.console.print(metrics_table(result, f"{protocol.name}, split {protocol.split} (percent)"))
 
 
 def train(config: TrainConfig, console: Console | None) -> None:
     """The whole run, on every rank; the first one keeps the records."""
-    protocol, folder = find_build(config.data, config.protocol, config.split)
-    smallest = min(read_manifest(folder / "train.beton").class_counts)
+    device = join_ranks()
+    build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+    smallest = min(build.record("train").class_counts)
     if config.k > smallest:
         raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
-    uri = resolve_uri(config.tracking.uri)
-    device = join_ranks()
+    uri, identity = resolve_uri(config.tracking.uri), run_identity(config, build, device)
+    if not config.tracking.offline:
+        from_first_rank(lambda: check_store(uri))
+    run, finished = open_run(config, identity, console)
+    if not finished:
+        trainer = Trainer(config, build, device)
+        # Not before everything is known to fit: what the folder holds may be discarded here.
+        from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
+        run.log(
+            f"{build.protocol.name}, split {build.protocol.split}: {trainer.loader.count:,} training images of "
+            f"{len(build.protocol.known)} classes, {len(trainer.loader)} steps an epoch, {world_size()} x {device.type}"
+        )
+        tracker = open_tracker(config, run, uri)
+        try:
+            seconds = run_training(trainer, run, tracker, identity)
+            if rank() == 0:
+                finish(trainer, run, tracker, seconds)
+        except BaseException as error:
+            interrupted = isinstance(error, (KeyboardInterrupt, cli.Preempted))
+            tracker.close("KILLED" if interrupted else "FAILED")
+            raise
+        tracker.close("FINISHED")
     if rank() == 0 and not config.tracking.offline:
-        check_store(uri)
-    run = open_run(config, protocol, console) if rank() == 0 else NullRunFolder(config.folder)
-    if run.metrics() is not None:
-        run.log(f"{run.path} holds this run, finished: add --restart to train again, or see its metrics.json")
-        return
-    trainer = Trainer(config, protocol, folder, device)
+        register_once(config, run, uri)
     run.log(
-        f"{protocol.name}, split {protocol.split}: {trainer.loader.manifest.count:,} training images of "
-        f"{len(protocol.known)} classes, {len(trainer.loader)} steps an epoch, {world_size()} x {device.type}"
+        f"{run.path} holds the finished run; --restart would begin it again" if finished else f"written to {run.path}"
     )
-    tracker = open_tracker(config, run, uri)
-    try:
-        seconds = run_training(trainer, run, tracker, folder)
-        if rank() == 0:
-            finish(trainer, run, tracker, folder, seconds)
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracker.close("FINISHED")
-    if rank() == 0 and not config.tracking.offline:
-        version = register(run.path, config.model_name, config.tracking.alias)
-        alias = f" as @{config.tracking.alias}" if config.tracking.alias else ""
-        run.log(f"registered {config.model_name} version {version}{alias} in {uri}")
-    run.log(f"written to {run.path}")
 
 
-def open_run(config: TrainConfig, protocol: Protocol, console: Console | None) -> RunFolder:
-    """The run folder, holding this configuration; raises `InputError` if it holds another one's work."""
-    run = RunFolder(config.folder, console)
+def run_identity(config: TrainConfig, build: Build, device: torch.device) -> dict[str, Any]:
+    """Everything that decides what a run computes, but not how many ranks do: a checkpoint fits only an equal one."""
+    deepspeed_config = read_deepspeed_config(config.deepspeed_config, device)
+    deepspeed_config.pop("zero_optimization", None)  # how memory is shared out
+    start = config.init_from
+    return {
+        **config.identity,
+        "split_hash": build.manifest.split_hash,
+        "image_size": build.manifest.image_size,
+        "train_images": build.record("train").sha256,
+        "deepspeed": deepspeed_config,
+        "init_from": hashlib.sha256(start.read_bytes()).hexdigest() if start and start.is_file() else str(start),
+    }
+
+
+def open_run(
+    config: TrainConfig, identity: dict[str, Any], console: Console | None
+) -> tuple[RunFolder | NullRunFolder, bool]:
+    """The run folder, and whether it holds this very run, finished; `InputError` if it holds another one's work."""
+    opened: list[RunFolder] = []
+
+    def look() -> bool:
+        opened.append(RunFolder(config.folder, console))
+        earlier = None if config.restart else opened[0].config()
+        if earlier is None:
+            return False
+        done = opened[0].metrics() is not None
+        if earlier.get("identity") != identity and (done or checkpoint.latest(config.folder)):
+            theirs = earlier.get("identity", {})
+            different = [name for name in identity if theirs.get(name) != identity[name]]
+            raise InputError(
+                f"{config.folder} holds a run of another configuration ({', '.join(different)} differ): "
+                "name another --run-dir, or add --restart to discard it"
+            )
+        return done
+
+    finished = from_first_rank(look)
+    return opened[0] if opened else NullRunFolder(config.folder), finished
+
+
+def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_hash: str) -> None:
+    """Note in the run folder what is being trained; with --restart after discarding what it held."""
     if config.restart:
         checkpoint.discard(run.path)
         discard_journal(run.path)
+        shutil.rmtree(run.path / "model", ignore_errors=True)
         run.clear()
-    earlier = run.config()
-    if earlier is not None and earlier["hash"] != config.hash and (run.metrics() or checkpoint.latest(run.path)):
-        raise InputError(
-            f"{run.path} holds a run of another configuration: name another --run-dir, or add --restart to discard it"
-        )
-    record = {"config": config.to_dict(), "hash": config.hash, "split_hash": protocol.split_hash}
+    record = {"config": config.to_dict(), "identity": identity, "split_hash": split_hash}
     run.write_config({**record, "commit": source_commit(), "versions": versions()})
-    return run
+
+
+def register_once(config: TrainConfig, run: RunFolder, uri: str) -> None:
+    """Register the finished run's model, unless that is done."""
+    if Link.open(run.path, uri=uri, experiment=config.tracking.experiment).version is not None:
+        return
+    version = register(run.path, config.model_name, config.tracking.alias)
+    alias = f" as @{config.tracking.alias}" if config.tracking.alias else ""
+    run.log(f"registered {config.model_name} version {version}{alias} in {without_password(uri)}")
 
 
 def open_tracker(config: TrainConfig, run: RunFolder | NullRunFolder, uri: str) -> Tracker:

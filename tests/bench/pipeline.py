@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from data_pipeline import cli
-from data_pipeline.beton import read_manifest
+from data_pipeline.beton import Build, read_build
 from data_pipeline.loader import StreamLoader, load_all
-from data_pipeline.protocols import Protocol
 from data_pipeline.views import ViewConfig, draw_parameters, render_view
 from trainer.config import EncoderConfig, MixingConfig, recipe
 from trainer.engine import join_ranks
@@ -71,9 +70,9 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def loading(config: BenchConfig, images: torch.Tensor) -> tuple[float, float]:
+def loading(config: BenchConfig, build: Build, images: torch.Tensor) -> tuple[float, float]:
     """Images/s of FFCV and of torch's DataLoader (two workers, started once)."""
-    stream = StreamLoader(config.data / "train.beton", config.batch_size, device=CPU, workers=2)
+    stream = StreamLoader(build, config.batch_size, device=CPU, workers=2)
     torch_loader = DataLoader(
         Images(images), config.batch_size, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True
     )
@@ -116,14 +115,17 @@ def views(config: BenchConfig, images: torch.Tensor) -> tuple[float, float]:
     return count / median_seconds(ours, config.repeats), count / theirs
 
 
-def steps(config: BenchConfig, protocol: Protocol) -> tuple[float, float]:
+def steps(config: BenchConfig, build: Build) -> tuple[float, float]:
     """Seconds of a GradMix step and of a SimCLR step (with SupCon, as in training) of the same batch, interleaved."""
     base = dataclasses.replace(
-        recipe(protocol.name), batch_size=config.batch_size, encoder=EncoderConfig(width=config.width), data=config.data
+        recipe(build.protocol.name),
+        batch_size=config.batch_size,
+        encoder=EncoderConfig(width=config.width),
+        data=config.data,
     )
     device = join_ranks()
     trainers = [
-        Trainer(dataclasses.replace(base, mixing=MixingConfig(kind=kind)), protocol, config.data, device)
+        Trainer(dataclasses.replace(base, mixing=MixingConfig(kind=kind)), build, device)
         for kind in ("gradmix", "none")
     ]
     times: list[list[float]] = [[], []]
@@ -138,8 +140,8 @@ def steps(config: BenchConfig, protocol: Protocol) -> tuple[float, float]:
 
 def main() -> None:
     config = cli.parse(BenchConfig, prog="python -m tests.bench.pipeline", description=__doc__.split("\n")[0])
-    manifest = read_manifest(config.data / "train.beton")
-    images = load_all(config.data / "train.beton", device=CPU).images
+    build = read_build(config.data)
+    images = load_all(build, "train", device=CPU).images
     if len(images) < config.batch_size:
         config = dataclasses.replace(config, batch_size=len(images) // 2)
     np.random.seed(0)
@@ -150,11 +152,11 @@ def main() -> None:
         "ratio",
         title=f"{config.data}: {len(images):,} images, {torch.get_num_threads()} threads",
     )
-    ours, theirs = loading(config, images)
+    ours, theirs = loading(config, build, images)
     table.add_row("decode and shuffle, images/s (DataLoader)", f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}")
     ours, theirs = views(config, images)
     table.add_row("two views, images/s (torchvision)", f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}")
-    ours, theirs = steps(config, Protocol.from_dict(manifest.protocol))
+    ours, theirs = steps(config, build)
     table.add_row("GradMix step, s (SimCLR step)", f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}")
     Console().print(table)
 
