@@ -19,7 +19,7 @@ EXIT_REQUEUE = 75
 
 
 class Preempted(BaseException):
-    """The system asked this process to end, and its work is saved."""
+    """The system asked this process to end; its work is saved, and it has said so."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,9 +31,7 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except Preempted as preempted:
-        if os.environ.get("RANK", "0") == "0":
-            print(preempted, file=sys.stderr)
+    except Preempted:
         sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

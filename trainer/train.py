@@ -327,9 +327,8 @@ class Keeper:
         self._saved = time.monotonic()
         if sum_over_ranks(torch.tensor(float(len(asked)), device=trainer.device)) > 0:
             why = asked[0] if asked else "a signal to another rank"
-            message = f"stopped by {why} after {path}: the same command goes on from there"
-            self.run.log(message)
-            raise cli.Preempted(message)
+            self.run.log(f"stopped by {why}: the same command goes on from {path}")
+            raise cli.Preempted
 
 
 @contextmanager

@@ -1,0 +1,308 @@
+"""Exact resume: whatever ends a run, the same command goes on, and what comes out is what would have come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from safetensors.torch import load_file
+
+from data_pipeline.build import BuildConfig, build
+from data_pipeline.cli import EXIT_REQUEUE
+from data_pipeline.errors import InputError
+from tests.ranks import on_ranks
+from trainer import checkpoint
+from trainer import train as train_module
+from trainer.config import EncoderConfig, OptimizerConfig, TrackingConfig, TrainConfig, recipe
+from trainer.train import Trainer, train
+
+QUIET = Console(quiet=True)
+STEPS = 6  # of an epoch
+DIE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from trainer.train import Trainer, cli, main
+step, dies = Trainer.train_step, {dies}
+def step_and_die(self, batch, epoch, number):
+    parts = step(self, batch, epoch, number)
+    if epoch * {steps} + number == dies:
+        os.kill(os.getpid(), signal.{signal})
+    return parts
+Trainer.train_step = step_and_die
+cli.run(main)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(digits, tmp_path) -> TrainConfig:
+    return dataclasses.replace(
+        recipe("digits"),
+        data=digits.folder,
+        epochs=3,
+        checkpoint_every=1,
+        log_every=2,
+        encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=16),
+        run_dir=tmp_path / "run",
+        tracking=TrackingConfig(offline=True),
+    )
+
+
+def outcome(run: Path) -> dict:
+    """Everything a run leaves that is not a time."""
+    last = max((run / "checkpoints").iterdir())
+    tensors = {
+        f"{path.name}/{name}": value
+        for path in (*last.glob("*.safetensors"), *(run / "model").glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+    metrics = json.loads((run / "metrics.json").read_text())
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    points = {
+        (line["step"], name): value
+        for line in journal
+        for name, value in line["metrics"].items()
+        if name != "train/images_per_second"
+    }
+    assert len(journal) == len({(line["step"], *line["metrics"]) for line in journal}), "a point was journalled twice"
+    kept = {k: v for k, v in metrics.items() if k not in ("train_seconds", "peak_rss_bytes")}
+    return {"tensors": tensors, "metrics": kept, "points": points}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one["tensors"].keys() == other["tensors"].keys()
+    for name, value in one["tensors"].items():
+        assert torch.equal(value.nan_to_num(-7), other["tensors"][name].nan_to_num(-7)), name
+    assert one["metrics"] == other["metrics"] and one["points"] == other["points"]
+
+
+def command(config: TrainConfig) -> list[str]:
+    return [
+        "--data", str(config.data), "--epochs", "3", "--checkpoint-every", "1", "--log-every", "2",
+        "--encoder.width", "4", "--encoder.hidden-dim", "16", "--encoder.embedding-dim", "16",
+        "--run-dir", str(config.run_dir), "--tracking.offline",
+    ]  # fmt: skip
+
+
+def run_and_die(config: TrainConfig, dies: int, name: str) -> int:
+    script = DIE.format(root=str(Path(__file__).parents[1]), dies=dies, steps=STEPS, signal=name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(config)], env=environment, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+@pytest.mark.parametrize(("dies", "name"), [(8, "SIGKILL"), (9, "SIGTERM"), (14, "SIGUSR1")])
+def test_a_run_that_is_ended_at_any_step_goes_on_bit_for_bit(config, dies, name):
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    code = run_and_die(config, dies, name)
+    steps = max(json.loads(p.read_text())["progress"]["total_steps"] for p in config.folder.rglob("state.json"))
+    if name == "SIGKILL":
+        assert code == -signal.SIGKILL and steps == STEPS
+    else:  # the very step is kept
+        assert code == EXIT_REQUEUE and steps == dies + 1
+        assert json.loads((config.folder / "mlflow.json").read_text())["status"] == "KILLED"
+    train(config, QUIET)
+    assert_equal(outcome(config.folder), outcome(straight.folder))
+    assert json.loads((config.folder / "mlflow.json").read_text())["status"] == "FINISHED"
+
+
+def test_old_checkpoints_by_the_clock_change_nothing(config):
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    often = dataclasses.replace(config, checkpoint_minutes=1e-9, keep_checkpoints=100)
+    train(often, QUIET)
+    assert len(list((often.folder / "checkpoints").iterdir())) == 9  # after steps 2, 4 and 6 of three epochs
+    assert_equal(outcome(often.folder), outcome(straight.folder))
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerConfig(), OptimizerConfig(name="sgd", learning_rate=0.01)])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_and_optimizer_resumes_exactly(config, stage, optimizer, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    config = dataclasses.replace(config, epochs=2, deepspeed_config=path, optimizer=optimizer)
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1)
+        train(config, QUIET)
+    train(config, QUIET)
+    assert_equal(outcome(config.folder), outcome(straight.folder))
+
+
+def die_after(patch: pytest.MonkeyPatch, epochs: int) -> None:
+    save = checkpoint.save
+
+    def save_and_die(run_dir, engine, peaks, progress, *args, **options):
+        save(run_dir, engine, peaks, progress, *args, **options)
+        if progress.epoch == epochs:
+            raise KeyboardInterrupt
+
+    patch.setattr(checkpoint, "save", save_and_die)
+
+
+def _train_on_ranks(config: TrainConfig, dies: bool) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        if dies:
+            die_after(patch, 1)
+        try:
+            train(config, None)
+        except KeyboardInterrupt:
+            assert dies
+
+
+@pytest.mark.parametrize(("before", "after", "stages"), [(1, 2, (0, 0)), (2, 1, (1, 0)), (2, 1, (0, 2))])
+def test_another_number_of_ranks_goes_on_to_rounding(config, before, after, stages, tmp_path):
+    """Also from one ZeRO stage to another: how memory is shared out is not part of what is computed."""
+    config = dataclasses.replace(
+        config, epochs=2, batch_size=96, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3)
+    )
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    for ranks, stage, dies in ((before, stages[0], True), (after, stages[1], False)):
+        path = tmp_path / f"{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        on_ranks(_train_on_ranks, ranks, dataclasses.replace(config, deepspeed_config=path), dies)
+    assert "going on from" in (config.folder / "log.txt").read_text()
+    one, other = outcome(config.folder), outcome(straight.folder)
+    for name, value in one["tensors"].items():
+        if name.startswith("encoder"):
+            torch.testing.assert_close(value, other["tensors"][name], atol=2e-3, rtol=2e-3, msg=name)
+        if name.startswith("optimizer"):  # a gradient feels rounding more than a weight does
+            direction = torch.cosine_similarity(value.flatten(), other["tensors"][name].flatten(), dim=0)
+            assert direction > 0.99 or value.norm() < 1e-3, name
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(config):
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    train(config, QUIET)
+    (config.folder / "metrics.json").unlink()
+    newest = checkpoint.latest(config.folder)
+    path = newest / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    train(config, QUIET)
+    assert f"passing over {newest}: optimizer.safetensors is damaged" in (config.folder / "log.txt").read_text()
+    assert_equal(outcome(config.folder), outcome(straight.folder))
+
+
+def test_a_full_disk_while_checkpointing_keeps_the_last_good_one(config, tmp_path):
+    """The real thing: a file system that holds one checkpoint, but not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        full = dataclasses.replace(config, run_dir=disk / "run")
+        with pytest.raises(InputError, match=r"the disk is full: .*step-0000000"):
+            train(full, QUIET)
+        kept = checkpoint.latest(full.folder)
+        assert kept is not None and [p.name for p in kept.parent.iterdir()] == [kept.name]
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        train(full, QUIET)
+        straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+        train(straight, QUIET)
+        assert_equal(outcome(full.folder), outcome(straight.folder))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_weights_that_are_not_finite_are_never_kept(config, monkeypatch):
+    step = Trainer.train_step
+
+    def spoil(self, batch, epoch, number):
+        parts = step(self, batch, epoch, number)
+        if (epoch, number) == (1, STEPS - 1):  # as after a gradient that was not finite: no loss has seen it yet
+            next(self.engine.module.parameters()).data.fill_(torch.nan)
+        return parts
+
+    monkeypatch.setattr(Trainer, "train_step", spoil)
+    with pytest.raises(InputError, match=r"weights are not finite .*last good checkpoint is .*step-000000006"):
+        train(config, QUIET)
+    assert checkpoint.latest(config.folder).name == "step-000000006"
+
+
+def test_a_run_does_not_go_on_with_other_data_or_settings(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1)
+        train(config, QUIET)
+    fewer = build(BuildConfig(protocol="digits", out=tmp_path / "fewer", train_images=600), QUIET)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_clipping": 1.0}))
+    for change, different in (
+        ({"data": fewer.folder}, "split_hash, train_images"),
+        ({"deepspeed_config": path}, "deepspeed"),
+        ({"seed": 4}, "seed"),
+    ):
+        before = {p: p.read_bytes() for p in config.folder.rglob("*") if p.is_file() and p.name != ".lock"}
+        with pytest.raises(InputError, match=rf"another configuration \({different} differ\)"):
+            train(dataclasses.replace(config, **change), QUIET)
+        assert before == {p: p.read_bytes() for p in config.folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_restart_that_cannot_start_discards_nothing(config):
+    train(dataclasses.replace(config, epochs=1), QUIET)
+    before = {p.name: p.read_bytes() for p in config.folder.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="do not fill one batch"):
+        train(dataclasses.replace(config, restart=True, batch_size=1000), QUIET)
+    assert before == {p.name: p.read_bytes() for p in config.folder.rglob("*") if p.is_file()}
+    train(dataclasses.replace(config, restart=True, epochs=1, seed=5), QUIET)
+    assert json.loads((config.folder / "config.json").read_text())["config"]["seed"] == 5
+
+
+def test_a_kill_between_the_metrics_and_the_registry_is_made_good(config, tmp_path, monkeypatch):
+    store = f"sqlite:///{tmp_path}/store.db"
+    online = dataclasses.replace(config, epochs=1, tracking=TrackingConfig(uri=store))
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "register", die)
+        train(online, QUIET)
+    monkeypatch.setattr(Trainer, "train_step", None)  # there is nothing left to train
+    train(online, QUIET)
+    client = MlflowClient(store)
+    assert client.get_model_version_by_alias("gradmix-digits", "champion").version in ("1", 1)
+    # A kill after the registration, before the note of it: the version is found, not made again.
+    link = json.loads((config.folder / "mlflow.json").read_text())
+    (config.folder / "mlflow.json").write_text(json.dumps({**link, "version": None}))
+    train(online, QUIET)
+    assert len(client.search_model_versions("name='gradmix-digits'")) == 1
+
+
+@pytest.mark.parametrize("settings", [{"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}])
+@pytest.mark.parametrize("peaks_from", ["previous_epoch", "same_step"])
+def test_bfloat16_trains_with_float32_weights_and_statistics(config, settings, peaks_from, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    mixing = dataclasses.replace(config.mixing, peaks_from=peaks_from)
+    low = dataclasses.replace(config, deepspeed_config=path, mixing=mixing)
+    train(low, QUIET)
+    points = outcome(low.folder)["points"]
+    assert points[3, "train/total"] < points[1, "train/total"]
+    assert all(v.dtype in (torch.float32, torch.int64) for v in outcome(low.folder)["tensors"].values())
+    plain = dataclasses.replace(config, run_dir=tmp_path / "plain", mixing=mixing)
+    train(plain, QUIET)
+    # The same run but for its rounding.
+    assert points[1, "train/total"] != outcome(plain.folder)["points"][1, "train/total"]
+    assert points[1, "train/total"] == pytest.approx(outcome(plain.folder)["points"][1, "train/total"], rel=0.05)
