@@ -102,8 +102,12 @@ def test_the_identity_follows_what_is_computed_and_nothing_else():
 def test_every_field_has_help_and_a_reader():
     """A knob without an explanation, or one that nothing reads, is a lie to whoever sets it."""
     own = Path(config_module.__file__).read_text() + (ROOT / "data_pipeline/views.py").read_text()
-    code = "\n".join(
-        path.read_text() for folder in ("trainer", "data_pipeline") for path in (ROOT / folder).rglob("*.py")
+    # Readers, not the checks of ranges beside the fields themselves.
+    code = re.sub(r"    def __post_init__.*?\n\n", "", own, flags=re.DOTALL) + "".join(
+        path.read_text()
+        for folder in ("trainer", "data_pipeline")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name not in ("config.py", "views.py")
     )
     classes = [c for name, c in vars(config_module).items() if name.endswith("Config") and dataclasses.is_dataclass(c)]
     assert len(classes) >= 7

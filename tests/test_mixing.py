@@ -77,7 +77,13 @@ def test_cutmix_shows_the_partners_box_and_reports_what_is_left(share):
             assert extent.prod() == len(box)
 
 
-def test_cutmix_takes_the_share_it_is_given_on_average_when_the_box_is_inside():
-    views = torch.randn(2, 1, 64, 64)
-    left = [cutmix(views, torch.tensor([1, 0]), 0.96, seed=0, epoch=0, step=s)[1][0].item() for s in range(300)]
-    assert abs(max(left[i] for i in range(300)) - 1) < 0.05 and min(left) == pytest.approx(0.96, abs=0.02)
+def test_cutmix_cuts_the_area_it_is_given_unless_the_border_does():
+    """1 − share of the image, less what lies outside: the mean over places is a known integral."""
+    size, share = 64, 0.75
+    side = int((1 - share) ** 0.5 * size) // 2 * 2
+    views, partner = torch.randn(2, 1, size, size), torch.tensor([1, 0])
+    kept = [cutmix(views, partner, share, seed=0, epoch=0, step=step)[1][0].item() for step in range(600)]
+    assert min(kept) == pytest.approx(1 - (side / size) ** 2) == pytest.approx(share)
+    # The mean visible length of a box of side s at a uniform centre is s − s²/(4·size) along each axis.
+    visible = (side - side**2 / (4 * size)) / size
+    assert sum(kept) / len(kept) == pytest.approx(1 - visible**2, abs=0.01)

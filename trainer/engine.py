@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,11 +26,14 @@ def join_ranks() -> torch.device:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     accelerator = get_accelerator()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
+        # The only rank needs no port to meet others at, and so cannot find it taken.
+        backend = accelerator.communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
     if device.type != "cpu":
         accelerator.set_device(device.index)
@@ -147,9 +150,3 @@ def _share(step: int, config: OptimizerConfig, total_steps: int, warmup_steps: i
         return (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return config.final_share + (1.0 - config.final_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
