@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from data_pipeline import views as pytorch
+from data_pipeline.patch_kernels import corner, covered, patch_side
 from data_pipeline.views import ViewParameters
 
 BRIGHTNESS = tl.constexpr(pytorch.BRIGHTNESS)
@@ -86,7 +87,7 @@ def _render_views_kernel(
     side = 1
     if BLOCKS == 3:
         centers += n * P * 2
-        side = _patch_side(tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma, SIZE)
+        side = patch_side(tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma, SIZE)
     # A view is one part, of all its tiles; a patch has a part for each of its own tiles, of the view's tiles under it.
     parts = tl.where(block == 2, tl.cdiv(side, PATCH_TILE), 1)
     for part in range(parts * parts):
@@ -105,8 +106,8 @@ def _render_views_kernel(
                     _store(view, pixels, y[None, :], x[:, None], True, SIZE, C)
                 if BLOCKS == 3:
                     if block == 0:
-                        covered = _covered(y[None, :], x[:, None], 0, P, centers, side, SIZE)
-                        _store(mixed, pixels, y[None, :], x[:, None], ~covered, SIZE, C)
+                        hidden = covered(y[None, :], x[:, None], 0, P, centers, side, side, SIZE, SIZE)
+                        _store(mixed, pixels, y[None, :], x[:, None], ~hidden, SIZE, C)
                     elif block == 2:
                         weight_x, weight_y = _patch_weights(column, x, side, SIZE), _patch_weights(row, y, side, SIZE)
                         patch = _add_resized(patch, pixels, weight_x, weight_y, views.dtype.element_ty, C, PRECISION)
@@ -117,9 +118,9 @@ def _render_views_kernel(
             patch = (patch[0] / total, patch[1] / total, patch[2] / total)
             inside = (column < side)[:, None] & (row < side)[None, :]
             for p in range(P):
-                top, left = _corner(centers, p, side, SIZE)
+                top, left = corner(centers, p, side, side, SIZE, SIZE)
                 y, x = (top + row)[None, :], (left + column)[:, None]
-                hidden = _covered(y, x, p + 1, P, centers, side, SIZE)
+                hidden = covered(y, x, p + 1, P, centers, side, side, SIZE, SIZE)
                 _store(mixed, patch, y, x, inside & ~hidden, SIZE, C)
 
 
@@ -278,9 +279,9 @@ def _load_rotated(image, y, x, sine, cosine, H: tl.constexpr, W: tl.constexpr, C
     across, along = source_x - left, source_y - top
     red = tl.zeros(across.shape, tl.float32)
     green, blue = red, red
-    for corner in tl.static_range(4):
-        weight = (along if corner // 2 else 1.0 - along) * (across if corner % 2 else 1.0 - across)
-        y, x = top.to(tl.int32) + corner // 2, left.to(tl.int32) + corner % 2
+    for neighbour in tl.static_range(4):
+        weight = (along if neighbour // 2 else 1.0 - along) * (across if neighbour % 2 else 1.0 - across)
+        y, x = top.to(tl.int32) + neighbour // 2, left.to(tl.int32) + neighbour % 2
         pixels = _load_pixels(image, y, x, H, W, C)
         red += weight * pixels[0]
         green += weight * pixels[1]
@@ -383,34 +384,6 @@ def _store(view, pixels, y, x, mask, SIZE: tl.constexpr, C: tl.constexpr):
     mask &= (y < SIZE) & (x < SIZE)
     for channel in tl.static_range(C):
         tl.store(view + (y * SIZE + x) * C + channel, pixels[channel].to(view.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _patch_side(ratio, SIZE: tl.constexpr):
-    """⌊γ·SIZE + ½⌋, at least 1 and at most SIZE."""
-    return tl.minimum(tl.maximum(tl.floor(ratio * SIZE + 0.5), 1.0), SIZE).to(tl.int32)
-
-
-@triton.jit
-def _corner(centers, p, side, SIZE: tl.constexpr):
-    """Top and left of patch p."""
-    y, x = tl.load(centers + 2 * p).to(tl.float32), tl.load(centers + 2 * p + 1).to(tl.float32)
-    top = tl.floor(y * SIZE - side.to(tl.float32) * 0.5 + 0.5)
-    left = tl.floor(x * SIZE - side.to(tl.float32) * 0.5 + 0.5)
-    # Clamped before they become integers, which have no room for every float.
-    last = (SIZE - side).to(tl.float32)
-    top, left = tl.minimum(tl.maximum(top, 0.0), last), tl.minimum(tl.maximum(left, 0.0), last)
-    return top.to(tl.int32), left.to(tl.int32)
-
-
-@triton.jit
-def _covered(y, x, first, P, centers, side, SIZE: tl.constexpr):
-    """Whether one of the patches first, …, P − 1 covers (y, x)."""
-    covered = (y < 0) & (x < 0)
-    for p in range(first, P):
-        top, left = _corner(centers, p, side, SIZE)
-        covered |= (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
-    return covered
 
 
 @triton.jit

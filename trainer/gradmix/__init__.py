@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dispatch import use_triton
+from data_pipeline.patch import check_patch_values
 from trainer.gradmix import reference
-from trainer.gradmix.checks import check_layers, check_view_values, check_views
+from trainer.gradmix.checks import check_layers, check_views
 from trainer.gradmix.reference import activation_map, find_peaks
 
 __all__ = ["activation_map", "find_peaks", "gradmix_views", "layercam_peaks"]
@@ -83,7 +84,7 @@ def layercam_peaks(
 def _views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float, gammas: Tensor | None) -> Tensor:
     side = gamma if gammas is None else gammas
     check_views(images, partner, centers, side)
-    check_view_values(partner, centers, side)
+    check_patch_values(partner, centers, side)
     return _body(images).gradmix_views(images, partner, centers, side)
 
 

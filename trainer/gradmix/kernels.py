@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from data_pipeline.patch import largest_patch
+from data_pipeline.patch_kernels import corner, covered, patch_side
 from trainer.gradmix import reference
-from trainer.gradmix.reference import finest_shape, largest_patch, memory_format, nearness
+from trainer.gradmix.reference import finest_shape, memory_format, nearness
 
 # Values that a program copies, and those that a program painting the patch has in flight: with more, registers run out
 # and fewer programs share a multiprocessor.
@@ -52,7 +54,7 @@ def _gradmix_views_kernel(
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     ratio = tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma
-    height, width = _patch_side(ratio, H), _patch_side(ratio, W)
+    height, width = patch_side(ratio, H), patch_side(ratio, W)
     centers += n * P * 2
     mixed += n * (PLANES * H * W * DEPTH)
     if program >= painters:
@@ -88,8 +90,8 @@ def _copy(
     inside = place < PLANES * H * W * DEPTH
     values = tl.load(image + place, mask=inside, other=0.0)
     cell = place // DEPTH % (H * W)
-    covered = _covered(cell // W, cell % W, 0, P, centers, height, width, H, W)
-    tl.store(mixed + place, values, mask=inside & ~covered)
+    hidden = covered(cell // W, cell % W, 0, P, centers, height, width, H, W)
+    tl.store(mixed + place, values, mask=inside & ~hidden)
 
 
 @triton.jit
@@ -145,38 +147,11 @@ def _paint(
         total_x += tl.sum(weight_x, axis=1)
     patch = (patch / total_x[None, :]).to(mixed.dtype.element_ty)
     for p in range(P):
-        corner_y, corner_x = _corner(centers, p, height, width, H, W)
+        corner_y, corner_x = corner(centers, p, height, width, H, W)
         y, x = (corner_y + row)[:, None], (corner_x + column)[None, :]
-        hidden = _covered(y, x, p + 1, P, centers, height, width, H, W)
+        hidden = covered(y, x, p + 1, P, centers, height, width, H, W)
         place = mixed + plane[:, None] + (y * W + x) * DEPTH + depth[None, :]
         tl.store(place, patch, mask=inside & ~hidden)
-
-
-@triton.jit
-def _patch_side(ratio, SIZE: tl.constexpr):
-    return tl.minimum(tl.maximum(tl.floor(ratio * SIZE + 0.5), 1.0), SIZE).to(tl.int32)
-
-
-@triton.jit
-def _corner(centers, p, height, width, H: tl.constexpr, W: tl.constexpr):
-    """Top and left of patch p."""
-    y, x = tl.load(centers + 2 * p).to(tl.float32), tl.load(centers + 2 * p + 1).to(tl.float32)
-    top = tl.floor(y * H - height.to(tl.float32) * 0.5 + 0.5)
-    left = tl.floor(x * W - width.to(tl.float32) * 0.5 + 0.5)
-    # Clamped before they become integers, which have no room for every float.
-    top = tl.minimum(tl.maximum(top, 0.0), (H - height).to(tl.float32)).to(tl.int32)
-    left = tl.minimum(tl.maximum(left, 0.0), (W - width).to(tl.float32)).to(tl.int32)
-    return top, left
-
-
-@triton.jit
-def _covered(y, x, first, P, centers, height, width, H: tl.constexpr, W: tl.constexpr):
-    """Whether one of the patches first, …, P − 1 covers (y, x)."""
-    covered = (y < 0) & (x < 0)
-    for p in range(first, P):
-        top, left = _corner(centers, p, height, width, H, W)
-        covered |= (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    return covered
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The GradMix operations in plain PyTorch: what the fused kernels are tested against, and what runs without a GPU.
 
-Shapes: N images, C channels of H×W, P patches; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
+Shapes: N images; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
 """
 
 from __future__ import annotations
@@ -11,24 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.patch import paste_patches
+
 
 def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> Tensor:
     """See `trainer.gradmix.gradmix_views`."""
-    n, channels, height, width = images.shape
     mixed = images.clone(memory_format=memory_format(images))
-    pixels = mixed.view(n, channels, height * width)
-    patch_height, row, row_weights = _patch_axis(gamma, height, images.device)
-    patch_width, column, column_weights = _patch_axis(gamma, width, images.device)
-    if isinstance(gamma, Tensor):
-        patch = row_weights @ images[partner].float() @ column_weights.mT
-    else:  # All are resized alike: small patches are less to look up than whole views.
-        patch = (row_weights @ images.float() @ column_weights.mT)[partner]
-    patch = patch.to(images.dtype).flatten(2)
-    for center in centers.float().unbind(1):
-        y = _corner(center[:, 0], patch_height, height).unsqueeze(1) + row
-        x = _corner(center[:, 1], patch_width, width).unsqueeze(1) + column
-        place = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1)
-        pixels.scatter_(2, place.unsqueeze(1).expand(-1, channels, -1), patch)
+    paste_patches(mixed, images, partner, centers, gamma)
     return mixed
 
 
@@ -108,11 +97,6 @@ def memory_format(images: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def largest_patch(gamma: float | Tensor, size: int) -> int:
-    """A bound of the patch's side in pixels, for which nothing waits for the device."""
-    return size if isinstance(gamma, Tensor) else min(size, int(gamma * size + 1.5))
-
-
 def finest_shape(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of the layers' (h, w), the first with most cells."""
     return max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -124,30 +108,6 @@ def nearness(suppress: float, size: int) -> float:
     A quarter of a cell less than `suppress`: places on a grid are not exactly that far apart in floating point.
     """
     return suppress - 0.25 / size
-
-
-def _patch_axis(gamma: float | Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis of the patch: its side (G,), its pixels 0, 1, … (G, S), and the weights (G, 1, S, size) to resize by.
-
-    G is N where each image has its own γ, otherwise 1. S is the largest side or a bound of it; past its last pixel a
-    smaller patch repeats it, so that every image has the same shapes and writes nothing outside of its patch.
-
-    Weights are a triangle as wide as the patch is smaller: 1 − |(s + ½)·side/size − (p + ½)|, made to sum to 1. Times
-    2·size they are whole numbers, and exact.
-    """
-    each = gamma if isinstance(gamma, Tensor) else torch.full((1,), gamma, device=device)
-    side = (each.float() * size + 0.5).floor().clamp(1, size).long()
-    # To look at what is on the CPU costs nothing.
-    largest = int(side.max()) if side.device.type == "cpu" else largest_patch(gamma, size)
-    pixel = torch.arange(largest, device=device).minimum(side.unsqueeze(1) - 1)
-    source = torch.arange(size, device=device)
-    distance = ((2 * source + 1) * side.view(-1, 1, 1) - (2 * pixel.unsqueeze(2) + 1) * size).abs()
-    weights = (2 * size - distance).clamp(min=0).float()
-    return side, pixel, (weights / weights.sum(dim=2, keepdim=True)).unsqueeze(1)
-
-
-def _corner(center: Tensor, side: Tensor, size: int) -> Tensor:
-    return (center * size - side / 2 + 0.5).floor().long().clamp(min=0).minimum(size - side)
 
 
 def _layer_map(maps: Tensor, gradients: Tensor, kind: str, sign: int) -> Tensor:
