@@ -13,6 +13,7 @@ Shapes: N images, C channels, source H×W, view h×w, P points per image. Points
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -416,7 +417,7 @@ def _jitter(view: Tensor, parameters: ViewParameters) -> Tensor:
     changes = [_change_brightness, _change_contrast]
     if view.shape[1] == 3:  # one channel has neither saturation nor hue
         changes += [_change_saturation, _shift_hue]
-    order = torch.tensor(ORDERS, device=view.device)[parameters.order]
+    order = _constant(ORDERS, view.device)[parameters.order]
     for place in order.unbind(1):
         for kind, change in enumerate(changes):
             factor = parameters.factors[:, kind]
@@ -475,6 +476,11 @@ def _shift_hue(view: Tensor, shift: Tensor) -> Tensor:
 
 def _normalise(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(view − mean) / std, in place."""
-    mean_tensor = torch.tensor(mean, device=view.device).view(1, -1, 1, 1)
-    std_tensor = torch.tensor(std, device=view.device).view(1, -1, 1, 1)
-    return view.sub_(mean_tensor).div_(std_tensor)
+    mean, std = (_constant(tuple(values), view.device).view(1, -1, 1, 1) for values in (mean, std))
+    return view.sub_(mean).div_(std)
+
+
+@functools.cache
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """`values` on the device, copied there once and not at every step."""
+    return torch.tensor(values, device=device)
