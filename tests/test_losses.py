@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.ranks import on_ranks
+from trainer import losses
 from trainer.config import ObjectiveConfig
 from trainer.distributed import rank
 from trainer.losses import objective, simclr_loss, supcon_loss
@@ -208,3 +211,39 @@ def test_ranks_together_compute_what_one_rank_does_on_the_whole_batch(world_size
     losses, gradients = (torch.stack(column).mean(dim=0) for column in zip(*results))
     torch.testing.assert_close(losses, whole_loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients, whole_gradient, rtol=1e-10, atol=1e-10)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes within this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(denominator="all", anchors="both")])
+def test_similarities_in_parts_are_the_same_and_never_whole(config, monkeypatch):
+    n, most = 60, 2000
+    labels = torch.arange(n) % 4
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(0)
+        raw = torch.randn(3 * n, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        with LargestTensor() as largest:
+            total = objective(F.normalize(raw, dim=1), labels, 0.3, config).total
+            total.backward()
+        return total.detach(), raw.grad, largest.elements
+
+    whole, whole_gradient, elements = loss_and_gradient()
+    assert elements == (2 * n) ** 2
+    monkeypatch.setattr(losses, "MOST_AT_ONCE", most)
+    parts, gradient, elements = loss_and_gradient()
+    assert elements <= max(most, 3 * n * 8)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-9, atol=1e-12)

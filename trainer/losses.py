@@ -7,13 +7,18 @@ mean over ranks of these means, as of their gradients, is what one rank computes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ObjectiveConfig
 from trainer.distributed import gather, rank, world_size
+
+MOST_AT_ONCE = 1 << 26
+"""Similarities that exist at a time, and in a handful of intermediates as many: 256 MiB each in float32."""
 
 
 class Objective(NamedTuple):
@@ -48,17 +53,21 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float, denomina
     """
     keys = _gather_views(embeddings).flatten(0, 1)
     key_labels = gather(labels).flatten().repeat(len(embeddings))
-    anchors, anchor_labels = embeddings.flatten(0, 1), labels.repeat(len(embeddings))
-    similarity = anchors @ keys.T / temperature
-    same_class = anchor_labels.unsqueeze(1) == key_labels.unsqueeze(0)
-    itself = _self_mask(len(embeddings), len(labels), keys.device)
-    positive = same_class & ~itself
-    in_denominator = ~same_class if denominator == "negatives" else ~itself
-    usable = positive.any(dim=1) & in_denominator.any(dim=1)
-    # A row without any key would make log(0); it is computed over all keys and then left out.
-    masked = torch.where(in_denominator | ~usable.unsqueeze(1), similarity, -torch.inf)
-    mean_positive = torch.where(positive, similarity, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
-    return torch.where(usable, masked.logsumexp(dim=1) - mean_positive, 0.0).mean()
+
+    def losses(anchors: Tensor, anchor_labels: Tensor, places: Tensor) -> Tensor:
+        similarity = anchors @ keys.T / temperature
+        same_class = anchor_labels.unsqueeze(1) == key_labels.unsqueeze(0)
+        itself = _at(places, len(keys))
+        positive = same_class & ~itself
+        in_denominator = ~same_class if denominator == "negatives" else ~itself
+        usable = positive.any(dim=1) & in_denominator.any(dim=1)
+        # A row without any key would make log(0); it is computed over all keys and then left out.
+        masked = torch.where(in_denominator | ~usable.unsqueeze(1), similarity, -torch.inf)
+        mean_positive = torch.where(positive, similarity, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+        return torch.where(usable, masked.logsumexp(dim=1) - mean_positive, 0.0)
+
+    places = _own_places(len(embeddings), len(labels), keys.device)
+    return _by_rows(losses, len(keys), embeddings.flatten(0, 1), labels.repeat(len(embeddings)), places).mean()
 
 
 def objective(
@@ -110,11 +119,15 @@ def _pair_losses(
     With `share` s and `partner` p, view 2 of image i is a mixture: its pair is image i's view 1 to the share sᵢ, and
     image pᵢ's to the share 1 − sᵢ.
     """
-    n = views.shape[1]
-    similarity = views.flatten(0, 1) @ keys.flatten(0, 1).T / temperature
-    masked = similarity.masked_fill(_self_mask(2, n, views.device), -torch.inf)
+    n, keys = views.shape[1], keys.flatten(0, 1)
+
+    def log_sums(anchors: Tensor, places: Tensor) -> Tensor:
+        similarity = anchors @ keys.T / temperature
+        return similarity.masked_fill(_at(places, len(keys)), -torch.inf).logsumexp(dim=1)
+
     # log Σ exp of each anchor (2, N), and the similarity of each image's own pair (N,)
-    log_sum = masked.logsumexp(dim=1).view(2, n)
+    places = _own_places(2, n, views.device)
+    log_sum = _by_rows(log_sums, len(keys), views.flatten(0, 1), places).view(2, n)
     own = (views[0] * views[1]).sum(dim=1) / temperature
     losses = log_sum.mean(dim=0) - own
     if share is None:
@@ -124,8 +137,8 @@ def _pair_losses(
     return share * losses + (1.0 - share) * other_losses
 
 
-def _self_mask(num_views: int, n: int, device: torch.device) -> Tensor:
-    """(V·N, V·R·N) bool: where an anchor of this rank meets itself among the keys of all ranks.
+def _own_places(num_views: int, n: int, device: torch.device) -> Tensor:
+    """(V·N,): where the anchors of this rank stand themselves among the keys of all ranks.
 
     For two views, two ranks and two images, on rank 1:      keys   x¹ of rank 0, 1   x² of rank 0, 1
                                                              x¹        . .   # .         . .   . .
@@ -133,7 +146,23 @@ def _self_mask(num_views: int, n: int, device: torch.device) -> Tensor:
                                                              x²        . .   . .         . .   # .
                                                                        . .   . .         . .   . #
     """
-    total = n * world_size()
     anchor = torch.arange(num_views * n, device=device)
-    place = anchor // n * total + rank() * n + anchor % n
-    return place.unsqueeze(1) == torch.arange(num_views * total, device=device).unsqueeze(0)
+    return anchor // n * (n * world_size()) + rank() * n + anchor % n
+
+
+def _at(places: Tensor, count: int) -> Tensor:
+    """(A, count) bool: true in each row at its place (A,) alone."""
+    return places.unsqueeze(1) == torch.arange(count, device=places.device).unsqueeze(0)
+
+
+def _by_rows(function: Callable[..., Tensor], num_keys: int, *anchors: Tensor) -> Tensor:
+    """`function(*anchors)` (A,), for so many anchors at a time that their similarities number at most `MOST_AT_ONCE`.
+
+    Where that is not all of them, the backward pass computes the similarities again, and no matrix of all anchors and
+    keys ever exists.
+    """
+    rows = max(MOST_AT_ONCE // num_keys, 1)
+    if len(anchors[0]) <= rows:
+        return function(*anchors)
+    parts = zip(*(column.split(rows) for column in anchors))
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
