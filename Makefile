@@ -11,7 +11,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint doctor bench clean
+.PHONY: help setup demo test test-cluster test-gpu lint doctor bench clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,6 +41,11 @@ demo: setup ## the main job on scikit-learn's digits, from images to a model tha
 
 test: setup ## the tests
 	OMP_NUM_THREADS=1 python -m pytest -n 2
+
+test-cluster: setup ## the tests on a real SLURM, sshd and MLflow server, which they start on this machine (as root)
+	@command -v slurmctld >/dev/null && command -v sshd >/dev/null && command -v pdsh >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh >/dev/null; }
+	python -m pytest -m cluster
 
 test-gpu: setup ## the tests that need a CUDA device
 	python -m pytest -m gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def join_ranks() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = get_accelerator()
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        _rank_from_slurm()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
@@ -38,6 +41,17 @@ def join_ranks() -> torch.device:
     if device.type != "cpu":
         accelerator.set_device(device.index)
     return device
+
+
+def _rank_from_slurm() -> None:
+    """Take this process's place from srun, which DeepSpeed's slurm launcher calls and which sets names of its own."""
+    step = os.environ
+    step["RANK"], step["LOCAL_RANK"] = step["SLURM_PROCID"], step["SLURM_LOCALID"]
+    step["WORLD_SIZE"] = step["SLURM_STEP_NUM_TASKS"]
+    if "MASTER_ADDR" not in step:
+        listed = ["scontrol", "show", "hostnames", step["SLURM_STEP_NODELIST"]]
+        step["MASTER_ADDR"] = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
+    step.setdefault("MASTER_PORT", str(20000 + int(step["SLURM_JOB_ID"]) % 20000))
 
 
 def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, Any]:
