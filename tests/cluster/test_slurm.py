@@ -60,25 +60,32 @@ def steps_done(folder: Path) -> int:
     return max((record["progress"]["total_steps"] for record in records), default=0)
 
 
-def assert_as_alone(folder: Path, alone: dict[str, torch.Tensor]) -> None:
-    """Equal but for rounding, which 28 steps at a temperature of 0.05 have made larger."""
-    for name, value in load_file(folder / "run" / "model" / "encoder.safetensors").items():
-        assert (value - alone[name]).float().norm() <= 0.02 * alone[name].float().norm(), name
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "model" / "encoder.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(slurm, digits, tmp_path_factory) -> Path:
+    """The folder of a job on both nodes that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("together")
+    job = submit(slurm, digits, folder)
+    slurm.wait(lambda: slurm.state(job).split()[0] in ("COMPLETED", "FAILED"), 180, "end of the job")
+    assert slurm.state(job) == "COMPLETED 0:0 restarts=0", log(folder)
+    return folder
 
 
 def log(folder: Path) -> str:
     return (folder / "job.log").read_text()
 
 
-def test_two_nodes_train_what_one_process_does(slurm, digits, alone, tmp_path):
-    job = submit(slurm, digits, tmp_path)
-    slurm.wait(lambda: slurm.state(job).split()[0] in ("COMPLETED", "FAILED"), 180, "end of the job")
-    assert slurm.state(job) == "COMPLETED 0:0 restarts=0", log(tmp_path)
-    assert "2 x cpu" in log(tmp_path)
-    assert_as_alone(tmp_path, alone)
+def test_two_nodes_train_what_one_process_does(together, alone):
+    assert "2 x cpu" in log(together)
+    for name, value in weights(together).items():
+        # Rounding, which 28 steps at a temperature of 0.05 have made larger.
+        torch.testing.assert_close(value, alone[name], atol=2e-3, rtol=2e-2, msg=name)
 
 
-def test_a_job_that_must_make_room_is_queued_again_and_finishes(slurm, digits, alone, tmp_path):
+def test_a_job_that_must_make_room_is_queued_again_and_finishes(slurm, digits, together, tmp_path):
     job = submit(slurm, digits, tmp_path)
     slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint")
     slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -88,7 +95,8 @@ def test_a_job_that_must_make_room_is_queued_again_and_finishes(slurm, digits, a
     slurm.wait(lambda: slurm.state(job).split()[0] in ("COMPLETED", "FAILED"), 240, "end of the job")
     assert slurm.state(job) == "COMPLETED 0:0 restarts=1", log(tmp_path)
     assert "going on from" in log(tmp_path)
-    assert_as_alone(tmp_path, alone)
+    undisturbed = weights(together)
+    assert all(torch.equal(value, undisturbed[name]) for name, value in weights(tmp_path).items())
 
 
 def test_a_rank_that_is_killed_ends_the_job_instead_of_hanging_it(slurm, digits, tmp_path):
