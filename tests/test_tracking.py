@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -92,6 +94,67 @@ def test_a_store_that_is_gone_costs_training_nothing_and_loses_nothing(uri, run_
     link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
     assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(20)]
     assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A server that is there and answers everything with an error."""
+
+    def do_GET(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_a_server_that_answers_with_errors_is_asked_again_later(uri, run_dir, monkeypatch):
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.05)
+    server = HTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        tracker = JournalTracker(run_dir, uri=f"http://127.0.0.1:{server.server_port}", experiment="e")
+        started = time.perf_counter()
+        for step in range(5):
+            tracker.log({"loss": float(step)}, step)
+        assert time.perf_counter() - started < 1.0
+        tracker.close("FINISHED")
+    finally:
+        server.shutdown()
+    # Another store gets the whole run, also what was recorded before it was named.
+    JournalTracker(run_dir, uri=uri, experiment="e").close("FINISHED")
+    link = Link.read(run_dir)
+    assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(5)]
+
+
+def test_a_crash_before_the_parameters_arrived_is_made_good(uri, run_dir, monkeypatch):
+    JournalTracker(run_dir, uri=uri, experiment="e", offline=True).close("RUNNING")
+    write_json(run_dir / "config.json", {"config": {f"name{i}": i for i in range(250)}, "split_hash": "abc"})
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_describe", crash)
+        deliver(run_dir)
+    deliver(run_dir)
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert len(runs) == 1 and runs[0].data.params == {f"name{i}": str(i) for i in range(250)}
+
+
+def test_the_command_line_delivers_and_tells(uri, run_dir, capsys):
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close("FINISHED")
+    for command, answer in (
+        ("status", "FINISHED, 0 of 1 lines"),
+        ("sync", "1 new journal lines"),
+        ("status", "1 of 1 lines"),
+    ):
+        tracking.app.cli(args=[command, str(run_dir)])
+        assert answer in capsys.readouterr().out
 
 
 def test_stores_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
