@@ -288,9 +288,17 @@ def test_the_users_deepspeed_file_is_used_and_may_not_contradict(tmp_path):
     path.write_text(json.dumps({"train_batch_size": 64}))
     with pytest.raises(InputError, match="sets train_batch_size"):
         read_deepspeed_config(path, torch.device("cpu"))
-    path.write_text("{nonsense")
-    with pytest.raises(InputError, match="not a readable DeepSpeed configuration"):
-        read_deepspeed_config(path, torch.device("cpu"))
+    for text, message in (
+        ("{nonsense", "not a readable DeepSpeed configuration"),
+        ("[1]", "must hold a JSON object"),
+        ('{"bf16": true}', "sets bf16 to True; give a JSON object"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float99"}}', "set it to bfloat16 or float16"),
+        ('{"zero_optimization": {"stage": 3}}', "sets ZeRO stage 3; set it to 0, 1 or 2"),
+        ('{"gradient_accumulation_steps": 0}', "set it to 1 or more"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_deepspeed_config(path, torch.device("cpu"))
     assert micro_batch_size(256, 4, 2) == 32
     with pytest.raises(InputError, match="set --batch-size to a multiple of 3"):
         micro_batch_size(256, 3, 1)

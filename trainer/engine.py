@@ -72,9 +72,15 @@ def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, 
         if config.get(key, "auto") != "auto":
             raise InputError(f"{path} sets {key}, which --batch-size and --optimizer.* decide: remove it there")
         config.pop(key, None)
+    for section in ("bf16", "fp16", "torch_autocast", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise InputError(f"{path} sets {section} to {config[section]}; give a JSON object, such as {{...}}")
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if config.pop(section, {}).get("enabled"):
             config["torch_autocast"] = _autocast(dtype)
+    dtype = config.get("torch_autocast", {}).get("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        raise InputError(f"{path} sets torch_autocast.dtype to {dtype!r}; set it to bfloat16 or float16")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise InputError(
