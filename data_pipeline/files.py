@@ -103,5 +103,7 @@ def read_json(path: Path, what: str) -> Any:
     """The JSON in `path`; an unreadable one is an `InputError` that names `what` it should have been."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {what} {path}: correct the path, or make it first") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable {what} ({error}): delete it and make it again") from error
