@@ -8,7 +8,7 @@ setup(
     description="Distributed training of open set recognition with GradMix",
     python_requires=">=3.11",
     packages=find_packages(include=["data_pipeline*", "trainer*", "tuning*", "cluster*"]),
-    package_data={"data_pipeline": ["*.json"]},
+    package_data={"data_pipeline": ["*.json"], "tuning": ["*.yaml"]},
     install_requires=[
         "torch",
         "torchvision",  # data sets and residual blocks
@@ -18,6 +18,9 @@ setup(
         "ffcv",  # the data format; compiles against OpenCV and libturbojpeg
         # The dashboard of "default" is how Tune frees the resources of trials that are stopped early.
         "ray[tune,default]",
+        "optuna",  # the searcher behind Tune, importance and plots
+        "matplotlib",  # plots
+        "pyyaml",  # the search space
         "mlflow",  # runs and the model registry
         "numpy",
         "pandas",  # the answer of a served model

@@ -129,9 +129,11 @@ class Link:
     status: str = "RUNNING"
     version: str | None = None
     """Of the run's model in the registry; None: not registered yet."""
+    parent: str | None = None
+    """The MLflow run that this one is nested in."""
 
     @classmethod
-    def open(cls, run_dir: Path, *, uri: str, experiment: str) -> Link:
+    def open(cls, run_dir: Path, *, uri: str, experiment: str, parent: str | None = None) -> Link:
         """The link of a run folder, made if there is none. Another store or experiment gets the whole run again."""
         if (run_dir / "mlflow.json").is_file():
             link = cls.read(run_dir)
@@ -139,7 +141,7 @@ class Link:
                 return link
             link = link.replaced(uri=uri, experiment=experiment, run_id=None, delivered=0, version=None)
         else:
-            link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex)
+            link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex, parent=parent)
         link.save(run_dir)
         return link
 
@@ -160,13 +162,15 @@ class Link:
 class JournalTracker:
     """Journals to the run folder, and delivers to MLflow in the background unless `offline`."""
 
-    def __init__(self, run_dir: Path, *, uri: str, experiment: str, offline: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, *, uri: str, experiment: str, offline: bool = False, parent: str | None = None
+    ) -> None:
         self._run_dir = run_dir
         # A resumed run comes to steps again that are in the journal already; each counts once.
         self._logged = {(line["step"], *line["metrics"]) for line in _journal_lines(run_dir)}
         _drop_cut_line(run_dir / "journal.jsonl")
         self._journal = (run_dir / "journal.jsonl").open("a", encoding="utf-8")
-        Link.open(run_dir, uri=uri, experiment=experiment).replaced(status="RUNNING").save(run_dir)
+        Link.open(run_dir, uri=uri, experiment=experiment, parent=parent).replaced(status="RUNNING").save(run_dir)
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = None
         if not offline:
@@ -257,6 +261,8 @@ def _find_or_create_run(client: Any, link: Link, record: Mapping[str, Any]) -> s
     if found:
         return found[0].info.run_id
     tags = {"gradmix.key": link.key, "mlflow.runName": link.run_name, "split_hash": record.get("split_hash", "")}
+    if link.parent is not None:
+        tags["mlflow.parentRunId"] = link.parent
     return client.create_run(experiment_id, tags=tags, run_name=link.run_name).info.run_id
 
 

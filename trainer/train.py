@@ -228,8 +228,11 @@ class LossLog:
         return {name: total / self.step for name, total in zip(LOSS_PARTS, self.sums)}
 
 
-def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]) -> float:
-    """All steps that are not done yet, with their checkpoints; returns the seconds spent training.
+def training_epochs(
+    trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]
+) -> Iterator[tuple[int, float]]:
+    """Train all steps that are not done yet, with their checkpoints. After each epoch, yields how many are done and the
+    seconds that they took.
 
     Raises:
         Preempted: the system asked the process to end; a checkpoint of this very step is written.
@@ -238,6 +241,8 @@ def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Trac
     keeper = Keeper(trainer, run, identity)
     progress = keeper.resume()
     seconds = progress.train_seconds
+    if progress.epoch == config.total_epochs:
+        yield progress.epoch, seconds
     with progress_bar(run.console) as bar, requests_to_stop() as asked:
         task = bar.add_task("", total=config.total_epochs * len(loader), losses="")
         for epoch in range(progress.epoch, config.total_epochs):
@@ -272,8 +277,15 @@ def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Trac
             stop = from_first_rank(lambda: bool(asked)) and epoch + 1 < config.total_epochs
             if due(epoch, config.checkpoint_every, config.total_epochs) or stop:
                 keeper.save(epoch + 1, 0, (), 0.0, seconds, asked if stop else [])
-            if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0 and rank() == 0:
-                log_evaluation(trainer, tracker, epoch + 1)
+            yield epoch + 1, seconds
+
+
+def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]) -> float:
+    """All epochs, with the evaluations between them; returns the seconds spent training."""
+    every, seconds = trainer.config.evaluate_every, 0.0
+    for epoch, seconds in training_epochs(trainer, run, tracker, identity):  # noqa: B007
+        if every and epoch % every == 0 and epoch < trainer.config.total_epochs and rank() == 0:
+            log_evaluation(trainer, tracker, epoch)
     return seconds
 
 

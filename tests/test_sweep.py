@@ -1,0 +1,187 @@
+"""The sweep on a real Ray on this machine: what is read, what is recorded, and what survives a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+
+from data_pipeline.beton import Build, find_build
+from data_pipeline.build import BuildConfig, build
+from data_pipeline.errors import InputError
+from data_pipeline.protocols import Protocol
+from data_pipeline.sources import Source
+from trainer.config import EncoderConfig, recipe
+from tuning.sweep import SweepConfig, preflight, sweep
+from tuning.trial import pseudo_name, trial_scores
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[1]
+SMALL = ["--base.encoder.width", "4", "--base.encoder.hidden-dim", "16", "--base.encoder.embedding-dim", "16"]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path) -> SweepConfig:
+    base = dataclasses.replace(
+        recipe("digits"), encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=16), ks=(1, 5)
+    )
+    return SweepConfig(
+        num_samples=2, epochs=2, report_every=1, seeds=(0,), final_epochs=1, base=base, folder=tmp_path / "sweep"
+    )
+
+
+def test_a_search_never_reads_an_image_of_an_unknown_class(monkeypatch, tmp_path):
+    """Not when its files are made, and not from any file that others made."""
+    known = {f"{label}" for label in Protocol("digits", 0).known}
+    read: list[str] = []
+    get = Source.__getitem__
+
+    def recorded(self, index):
+        image, label = get(self, index)
+        read.append(self.class_names[label])
+        assert "train" in self.describe(0)
+        return image, label
+
+    monkeypatch.setattr(Source, "__getitem__", recorded)
+    for seed in (0, 1):
+        build(BuildConfig(pseudo_open=seed, out=tmp_path / "data"), QUIET)
+    monkeypatch.undo()
+    assert set(read) == known
+
+    opened: list[Path] = []
+    file = Build.file
+
+    def recorded_file(self, partition):
+        path = file(self, partition)
+        opened.append(path)
+        return path
+
+    monkeypatch.setattr(Build, "file", recorded_file)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    builds = [find_build(tmp_path / "data", pseudo_name("digits", seed), 0) for seed in (0, 1)]
+    config = dataclasses.replace(recipe("digits"), epochs=1, encoder=EncoderConfig(width=4), ks=(1, 5))
+    ((epoch, scores),) = trial_scores(config, builds, tmp_path / "trial", 1)
+    assert epoch == 1 and 0 < scores["auroc"] < 1 and scores["k"] in (1, 5, 10)
+    assert {path.parent.name for path in opened} == {f"digits-pseudo{seed}-0-16px-raw" for seed in (0, 1)}
+
+
+def test_a_sweep_is_one_run_with_its_trials_nested_and_the_winner_measured_once(config, tmp_path):
+    store = f"sqlite:///{tmp_path}/store.db"
+    tracking = dataclasses.replace(config.base.tracking, uri=store)
+    config = dataclasses.replace(config, base=dataclasses.replace(config.base, tracking=tracking))
+    result = sweep(config, QUIET)
+    assert len(result["trials"]) == 2 and not any(trial["error"] for trial in result["trials"])
+    assert result["best"]["score"] == max(trial["score"] for trial in result["trials"])
+    assert {path.name for path in (config.path / "plots").iterdir()} == {
+        "importance.png", "parallel_coordinates.png", "slices.png",
+    }  # fmt: skip
+
+    client = MlflowClient(store)
+    parent = json.loads((config.path / "mlflow.json").read_text())["run_id"]
+    experiment = client.get_experiment_by_name("gradmix-osr").experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(nested) == 2 and client.get_run(parent).info.status == "FINISHED"
+    for run in nested:
+        assert run.info.status == "FINISHED" and run.data.tags["split_hash"]
+        assert float(run.data.params["search.objective.theta"]) > 0
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "pseudo/score")] in ([1], [1, 2])
+    assert {artifact.path for artifact in client.list_artifacts(parent)} >= {"plots", "result.json", "config.json"}
+
+    # The winner, on all known classes: the first model is the champion.
+    assert result["final"]["alias"] == "champion"
+    version = client.get_model_version_by_alias("gradmix-digits", "champion").version
+    assert client.get_model_version_by_alias("gradmix-digits", "challenger").version == version
+
+    with pytest.raises(InputError, match="add --resume to go on"):
+        sweep(config, QUIET)
+    # Going on with a finished sweep trains nothing again, and no second version is registered.
+    before = {path: path.stat().st_mtime_ns for path in config.path.glob("trials/*/*/checkpoints/*")}
+    again = sweep(dataclasses.replace(config, resume=True), QUIET)
+    assert again["best"] == result["best"] and len(again["trials"]) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in config.path.glob("trials/*/*/checkpoints/*")}
+    assert len(client.search_model_versions("name='gradmix-digits'")) == 1
+
+
+def test_a_trial_that_fails_is_tried_again_and_reported(config, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("optimizer.learning_rate: {choices: [1.0e+30]}\n")
+    offline = dataclasses.replace(config.base.tracking, offline=True)
+    config = dataclasses.replace(
+        config, space=space, num_samples=1, base=dataclasses.replace(config.base, tracking=offline)
+    )
+    with pytest.raises(InputError, match="no trial of 1 came to a score; the first said: .*not finite"):
+        sweep(config, QUIET)
+    assert "failed" in (config.path / "log.txt").read_text()
+
+
+def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "tuning" / "sweep.py"), "--num-samples", "4", "--epochs", "3", "--report-every", "1",
+        "--seeds", "0", "--final-epochs", "0", "--max-concurrent", "1", "--no-early-stopping", "--folder", "killed",
+        "--base.tracking.offline", *SMALL,
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    trials = tmp_path / "killed" / "trials"
+
+    def finished() -> set[str]:
+        done = set()
+        for link in trials.glob("*/mlflow.json"):
+            if json.loads(link.read_text())["status"] == "FINISHED":
+                done.add(link.parent.name)
+        return done
+
+    end = time.monotonic() + 150
+    while len(finished()) < 2:
+        assert time.monotonic() < end and first.poll() is None, first.stdout.read().decode()
+        time.sleep(0.3)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    subprocess.run(["pkill", "-9", "-f", "killed/trials|raylet|gcs_server"], check=False)
+    time.sleep(2)
+    before = {path: path.stat().st_mtime_ns for name in finished() for path in (trials / name).rglob("step-*")}
+    assert len(before) >= 2
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert len(result["trials"]) == 4 and all(trial["score"] is not None for trial in result["trials"])
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "a finished trial was trained again"
+
+
+def test_resources_that_can_never_be_met_are_refused_at_once(config):
+    with pytest.raises(InputError, match="asks for 64 CPUs, all of Ray has 2: set --cpus"):
+        preflight(dataclasses.replace(config, cpus=64), {"CPU": 2.0})
+    with pytest.raises(InputError, match="asks for 1 GPUs, all of Ray has 0"):
+        preflight(dataclasses.replace(config, gpus=1), {"CPU": 2.0})
+    preflight(dataclasses.replace(config, cpus=2, gpus=0.25), {"CPU": 2.0, "GPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num-samples is 0; set it to 1 or more"),
+        ({"seeds": ()}, "name one or more"),
+        ({"cpus": 0.0}, "give a trial something to run on"),
+        ({"resume": True, "restart": True}, "give one of them"),
+        ({"time_budget": 0.0}, "set it above 0"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(InputError, match=message):
+        SweepConfig(**options)

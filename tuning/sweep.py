@@ -1,0 +1,480 @@
+"""`python tuning/sweep.py`, `ray submit cluster.yaml tuning/sweep.py -- ...`: search for hyperparameters.
+
+Trials train on pseudo-known classes and are scored on pseudo-unknown ones, all of them known classes of the protocol's
+training images. Only the winner is then trained on all known classes, once, and measured on the real unknowns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from data_pipeline import cli
+from data_pipeline.beton import Build, find_build
+from data_pipeline.build import BuildConfig, build
+from data_pipeline.errors import InputError
+from data_pipeline.files import read_json, write_json
+from data_pipeline.protocols import Protocol
+from data_pipeline.run_folder import RunFolder, source_commit
+from trainer.config import TrainConfig, recipe
+from trainer.evaluate import evaluate_open_set
+from trainer.registry import OpenSetModel, load_model
+from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
+from trainer.train import train
+from tuning.report import Trial, draw, table_of
+from tuning.space import DEFAULT_SPACE, SearchSpace
+from tuning.trial import TrialSettings, pseudo_name, run_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What to search, how long, on what, and what to do with the winner."""
+
+    protocol: str = "digits"
+    """Protocol whose known classes are searched on; it also chooses the recipe that --base starts from."""
+    split: int = 0
+    """Split of the protocol, from 0."""
+    space: Path = DEFAULT_SPACE
+    """YAML file of what is varied; the default lies beside this script, with reasons."""
+    num_samples: int = 24
+    """Trials, 1 or more."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the pseudo-open splits that each score is averaged over; 0 or more each."""
+    epochs: int = 12
+    """Epochs of a trial that is not stopped early; 1 or more."""
+    report_every: int = 3
+    """Epochs between two scores, at each of which a trial may be stopped; 1 or more."""
+    search: Literal["tpe", "random"] = "tpe"
+    """tpe: Optuna's tree-structured Parzen estimator; random: the baseline."""
+    early_stopping: bool = True
+    """Stop the worse trials early (ASHA)."""
+    seed: int = 0
+    """Seed of the search; the same seed draws the same first trials."""
+    time_budget: float | None = None
+    """Start no trial after so many minutes; above 0. Default: no limit."""
+    warm_start: tuple[str, ...] = ()
+    """MLflow run ids of earlier sweeps of the same split and space, whose trials the search starts from."""
+
+    cpus: float = 1.0
+    """CPU cores of a trial, may be a fraction."""
+    gpus: float = 0.0
+    """GPUs of a trial, may be a fraction: 0.25 lets four trials share one."""
+    max_concurrent: int | None = None
+    """Trials at the same time, 1 or more. Default: as many as the resources hold."""
+    retries: int = 1
+    """How often a failed trial is tried again, going on from its checkpoint; 0 or more."""
+    address: str | None = None
+    """Ray cluster to use: auto, or HOST:PORT. Default: the one this script is submitted to, else this machine."""
+
+    data: Path = Path("data")
+    """Data folder; what is not built yet is built there. On a cluster a path that all nodes share."""
+    source: str | None = None
+    """Where images come from, as for data_pipeline.build."""
+    root: Path | None = None
+    """Folder of the images, as for data_pipeline.build."""
+    folder: Path | None = None
+    """Sweep folder, shared like --data. Default: sweeps/PROTOCOL-SPLIT-seedSEED."""
+    resume: bool = False
+    """Go on with the sweep in the folder: finished trials stay, others go on from their checkpoints."""
+    restart: bool = False
+    """Discard what the folder holds."""
+    final_epochs: int | None = None
+    """Epochs of the winner's own training; 0: leave it out. Default: the recipe's."""
+    base: TrainConfig = field(default_factory=TrainConfig)
+    """What the drawn values are put into; its names, data and epochs are set by the options above."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("epochs", 1), ("report_every", 1), ("retries", 0), ("split", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; set it to {least} or more")
+        if not self.seeds or min(self.seeds) < 0:
+            raise InputError(f"seeds is {self.seeds}; name one or more, each 0 or more")
+        if self.cpus < 0 or self.gpus < 0 or self.cpus + self.gpus == 0:
+            raise InputError(f"cpus is {self.cpus} and gpus {self.gpus}; give a trial something to run on")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise InputError(f"max-concurrent is {self.max_concurrent}; set it to 1 or more")
+        if self.time_budget is not None and self.time_budget <= 0:
+            raise InputError(f"time-budget is {self.time_budget}; set it above 0")
+        if self.resume and self.restart:
+            raise InputError("--resume goes on with a sweep and --restart discards it: give one of them")
+
+    @property
+    def path(self) -> Path:
+        # Ray changes the working folder of its workers.
+        return (self.folder or Path("sweeps") / f"{self.protocol}-{self.split}-seed{self.seed}").resolve()
+
+    @property
+    def trial_config(self) -> TrainConfig:
+        return dataclasses.replace(
+            self.base, protocol=self.protocol, split=self.split, epochs=self.epochs, phases=(), evaluate_every=0
+        )
+
+
+def sweep(config: SweepConfig, console: Console) -> dict[str, Any]:
+    """The whole search; returns what is written to `result.json`."""
+    space = SearchSpace.read(config.space)
+    uri = resolve_uri(config.base.tracking.uri)
+    if not config.base.tracking.offline:
+        check_store(uri)
+    for seed in config.seeds:
+        prepare(config, console, seed)
+    protocol = Protocol(config.protocol, config.split) if config.protocol != "custom" else None
+    run = open_sweep(config, space, protocol, console)
+    tracker = JournalTracker(
+        run.path, uri=uri, experiment=config.base.tracking.experiment, offline=config.base.tracking.offline
+    )
+    try:
+        settings = TrialSettings(
+            base=config.trial_config,
+            space=space,
+            seeds=config.seeds,
+            data=config.data.resolve(),
+            folder=config.path,
+            report_every=config.report_every,
+            tracking=config.base.tracking,
+            uri=absolute(uri),
+            parent=parent_run(run.path, config),
+        )
+        trials = search(config, settings)
+        result = conclude(config, space, trials, run, tracker)
+        if config.final_epochs != 0:
+            result["final"] = train_winner(config, space, result, settings, console)
+            write_json(run.path / "result.json", result)
+    except BaseException as error:
+        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.close("FINISHED")
+    run.log(f"written to {run.path}")
+    return result
+
+
+def absolute(uri: str) -> str:
+    """Workers run elsewhere: a store in the working folder is named in full."""
+    if not uri.startswith("sqlite:///"):
+        return uri
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+
+
+def prepare(config: SweepConfig, console: Console, seed: int | None) -> Build:
+    """The build of a pseudo-open split, or with None of the protocol itself; made if it is not there."""
+    name = config.protocol if seed is None else pseudo_name(config.protocol, seed)
+    try:
+        return find_build(config.data, name, config.split)
+    except InputError as error:
+        if "no files of protocol" not in str(error) or (config.root is None and config.protocol != "digits"):
+            raise
+    return build(
+        BuildConfig(
+            protocol=config.protocol,
+            split=config.split,
+            pseudo_open=seed,
+            source=config.source,
+            root=config.root,
+            out=config.data,
+        ),
+        console,
+    )
+
+
+def open_sweep(config: SweepConfig, space: SearchSpace, protocol: Protocol | None, console: Console) -> RunFolder:
+    run = RunFolder(config.path, console)
+    record = {"protocol": config.protocol, "split": config.split, "seeds": list(config.seeds), "epochs": config.epochs}
+    record |= {"base": config.trial_config.identity, "space": {n: repr(d) for n, d in space.distributions.items()}}
+    earlier = run.config()
+    if config.restart:
+        for name in ("trials", "tune", "plots"):
+            shutil.rmtree(run.path / name, ignore_errors=True)
+        for name in ("journal.jsonl", "mlflow.json", "result.json"):
+            (run.path / name).unlink(missing_ok=True)
+        run.clear()
+    elif earlier is not None and not config.resume:
+        raise InputError(
+            f"{run.path} holds a sweep: add --resume to go on with it, --restart to discard it, or --folder"
+        )
+    elif earlier is not None and earlier["identity"] != json.loads(json.dumps(record)):
+        different = [name for name in record if earlier["identity"].get(name) != json.loads(json.dumps(record[name]))]
+        raise InputError(f"{run.path} holds a sweep with other {', '.join(different)}: name another --folder")
+    run.write_config(
+        {
+            "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+            "identity": record,
+            "split_hash": protocol.split_hash if protocol else "",
+            "commit": source_commit(),
+        }
+    )
+    return run
+
+
+def parent_run(folder: Path, config: SweepConfig) -> str | None:
+    """The MLflow run of the sweep, made now since its trials are nested in it."""
+    if config.base.tracking.offline:
+        return None
+    deliver(folder)
+    return Link.read(folder).run_id
+
+
+def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
+    """Run all trials on Ray."""
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    connect(config)
+    preflight(config, ray.cluster_resources())
+    storage = settings.folder / "tune"
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
+    )
+    if config.resume and (storage / "search").is_dir():
+        tuner = tune.Tuner.restore(
+            str(storage / "search"), trainable=trainable, resume_unfinished=True, restart_errored=True
+        )
+    else:
+        scheduler = FIFOScheduler()
+        if config.early_stopping:
+            scheduler = ASHAScheduler(
+                time_attr="epoch", metric="score", mode="max", max_t=config.epochs, grace_period=config.report_every
+            )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher(config, settings),
+                scheduler=scheduler,
+                num_samples=config.num_samples,
+                time_budget_s=config.time_budget and 60 * config.time_budget,
+                max_concurrent_trials=config.max_concurrent,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=str(storage),
+                failure_config=tune.FailureConfig(max_failures=config.retries),
+                verbose=0,
+            ),
+        )
+    results = tuner.fit()
+    trials = [
+        Trial(
+            name=result.metrics.get("trial_id", Path(result.path).name) if result.metrics else Path(result.path).name,
+            values=dict(result.config or {}),
+            score=(result.metrics or {}).get("score"),
+            metrics={key: (result.metrics or {}).get(key) for key in ("auroc", "accuracy", "k", "epoch")},
+            error=str(result.error).strip().splitlines()[-1] if result.error else None,
+        )
+        for result in results
+    ]
+    ray.shutdown()
+    close_trials(settings, trials)
+    return trials
+
+
+def connect(config: SweepConfig) -> None:
+    import ray
+
+    # Ray writes an authentication token below the home folder otherwise; its ports listen on loopback here.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None and Path.home().joinpath("ray_bootstrap_config.yaml").is_file():
+        address = "auto"  # submitted to the head of a cluster
+    try:
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
+            **({} if address else {"include_dashboard": False}),
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        raise InputError(f"{where} cannot be used ({str(error).strip().splitlines()[0]}): check --address") from error
+
+
+def preflight(config: SweepConfig, resources: dict[str, float]) -> None:
+    """Refuse at once what would wait for ever."""
+    for name, key, asked in (("cpus", "CPU", config.cpus), ("gpus", "GPU", config.gpus)):
+        there = resources.get(key, 0.0)
+        if asked > there:
+            raise InputError(
+                f"a trial asks for {asked:g} {key}s, all of Ray has {there:g}: set --{name} to no more, or add nodes"
+            )
+
+
+def searcher(config: SweepConfig, settings: TrialSettings) -> Any:
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.RandomSampler if config.search == "random" else optuna.samplers.TPESampler
+    points, scores = earlier_trials(config, settings)
+    known = {"points_to_evaluate": points, "evaluated_rewards": scores} if points else {}
+    return OptunaSearch(
+        settings.space.distributions, metric="score", mode="max", sampler=sampler(seed=config.seed), **known
+    )
+
+
+def earlier_trials(config: SweepConfig, settings: TrialSettings) -> tuple[list[dict[str, Any]], list[float]]:
+    """Values and scores of the trials of earlier sweeps, out of MLflow."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    points, scores = [], []
+    for parent in config.warm_start:
+        client = MlflowClient(settings.uri)
+        try:
+            experiment = client.get_run(parent).info.experiment_id
+            nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000)
+        except MlflowException as error:
+            raise InputError(f"there is no MLflow run {parent} to start from: correct --warm-start") from error
+        for run in nested:
+            drawn = {name: run.data.params.get(f"search.{name}") for name in settings.space.distributions}
+            if "pseudo/score" in run.data.metrics and None not in drawn.values():
+                points.append({name: _parsed(settings.space, name, text) for name, text in drawn.items()})
+                scores.append(run.data.metrics["pseudo/score"])
+    return points, scores
+
+
+def _parsed(space: SearchSpace, name: str, text: str) -> Any:
+    distribution = space.distributions[name]
+    if hasattr(distribution, "choices"):
+        return next(choice for choice in distribution.choices if str(choice) == text)
+    return type(distribution.low)(float(text))
+
+
+def close_trials(settings: TrialSettings, trials: Sequence[Trial]) -> None:
+    """Trials that were stopped early had no time to say so."""
+    for trial in trials:
+        folder = settings.folder / "trials" / trial.name
+        if (folder / "mlflow.json").is_file():
+            link = Link.read(folder)
+            if link.status == "RUNNING":
+                link.replaced(status="FAILED" if trial.error else "FINISHED").save(folder)
+            if not settings.tracking.offline:
+                deliver(folder)
+
+
+def conclude(
+    config: SweepConfig, space: SearchSpace, trials: Sequence[Trial], run: RunFolder, tracker: JournalTracker
+) -> dict[str, Any]:
+    """Choose the winner, write the table and the pictures."""
+    for trial in trials:
+        if trial.error:
+            run.log(f"trial {trial.name} failed: {trial.error}")
+    scored = [trial for trial in trials if trial.score is not None]
+    if not scored:
+        raise InputError(f"no trial of {len(trials)} came to a score; the first said: {trials[0].error}")
+    # A trial that was stopped early was so for being worse; its score stands all the same.
+    best = max(scored, key=lambda trial: trial.score)
+    importance = draw(trials, space, run.path / "plots")
+    result = {
+        "best": {"trial": best.name, "values": best.values, "score": best.score, **best.metrics},
+        "importance": importance,
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+    }
+    write_json(run.path / "result.json", result)
+    tracker.log(
+        {"best_score": best.score, "trials": len(trials), "failed": sum(t.error is not None for t in trials)}, 0
+    )
+    if not config.base.tracking.offline:
+        log_artifacts(run.path)
+    if run.console is not None:
+        title = f"{config.protocol}, split {config.split}: {len(trials)} trials on pseudo-unknown classes"
+        run.console.print(table_of(trials, title))
+        for name, share in importance.items():
+            run.console.print(f"  importance of {name}: {share:.0%}")
+    return result
+
+
+def log_artifacts(folder: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    link = Link.read(folder)
+    client = MlflowClient(link.uri)
+    client.log_artifact(link.run_id, str(folder / "result.json"))
+    if (folder / "plots").is_dir():
+        client.log_artifacts(link.run_id, str(folder / "plots"), "plots")
+
+
+def train_winner(
+    config: SweepConfig, space: SearchSpace, result: dict[str, Any], settings: TrialSettings, console: Console
+) -> dict[str, Any]:
+    """Train the winner on all known classes, measure it on the real unknowns, and keep it if it beats the champion."""
+    made = prepare(config, console, None)
+    base = dataclasses.replace(config.base, protocol=config.protocol, split=config.split)
+    smallest = min(made.record("train").class_counts)
+    winner = dataclasses.replace(
+        space.apply(base, result["best"]["values"]),
+        epochs=config.final_epochs or base.epochs,
+        data=made.folder,
+        run_dir=config.path / "winner",
+        k=min(int(result["best"]["k"]), smallest),
+        tracking=dataclasses.replace(config.base.tracking, uri=settings.uri, alias="challenger"),
+    )
+    train(winner, console)
+    metrics = read_json(winner.folder / "metrics.json", "metrics")
+    final = {"auroc": metrics["auroc"][str(winner.k)], "k": winner.k, "run_dir": str(winner.folder)}
+    if not winner.tracking.offline:
+        final["alias"] = promote(winner, made, final["auroc"], console)
+    return final
+
+
+def promote(winner: TrainConfig, made: Build, auroc: float, console: Console) -> str:
+    """Make the winner champion if there is none, or if it beats the present one on the same images."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(winner.tracking.uri)
+    rival = champion(winner, made)
+    if rival is not None:
+        theirs = evaluate_open_set(rival, made, [rival.card.k])["auroc"][rival.card.k]
+        if auroc <= theirs:
+            console.print(f"the champion stays: its AUROC is {theirs:.4f}, the winner's {auroc:.4f} (@challenger)")
+            return "challenger"
+    version = Link.read(winner.folder).version
+    client.set_registered_model_alias(winner.model_name, "champion", version)
+    console.print(f"{winner.model_name} version {version} is the champion now (AUROC {auroc:.4f})")
+    return "champion"
+
+
+def champion(winner: TrainConfig, made: Build) -> OpenSetModel | None:
+    """The present champion, if it was trained for the same split."""
+    try:
+        model = load_model(f"models:/{winner.model_name}@champion", winner.tracking.uri)
+    except InputError:
+        return None
+    return model if model.card.split_hash == made.manifest.split_hash else None
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The option that is read before the others."""
+
+    protocol: str = "digits"
+    """Protocol, which chooses the recipe."""
+
+
+def parse_config(args: Sequence[str]) -> SweepConfig:
+    launch, rest = tyro.cli(_Launch, args=args, return_unknown_args=True, add_help=False)
+    default = SweepConfig(protocol=launch.protocol, base=recipe(launch.protocol))
+    return cli.parse(
+        SweepConfig,
+        prog="python tuning/sweep.py",
+        description="Search for hyperparameters on pseudo-unknown classes, then train and register the winner.",
+        default=default,
+        args=rest,
+    )
+
+
+def main() -> None:
+    sweep(parse_config(sys.argv[1:]), Console(soft_wrap=True))
+
+
+if __name__ == "__main__":
+    cli.run(main)

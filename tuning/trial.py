@@ -1,0 +1,112 @@
+"""One trial of a sweep: train on pseudo-known classes, score on pseudo-unknown ones, never see a real unknown.
+
+A trial trains one encoder for each pseudo-open split, epoch by epoch side by side, so that what it reports is always a
+mean over splits and the scheduler can stop all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.beton import Build, find_build
+from data_pipeline.run_folder import RunFolder, source_commit
+from trainer.config import TrackingConfig, TrainConfig
+from trainer.engine import join_ranks
+from trainer.evaluate import build_model, evaluate_open_set
+from trainer.tracking import JournalTracker, NullTracker
+from trainer.train import Trainer, portable_encoder, run_identity, training_epochs
+from tuning.space import SearchSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSettings:
+    """What all trials of a sweep share. It travels to the workers, so nothing there depends on their environment."""
+
+    base: TrainConfig
+    """The configuration that the drawn values are put into."""
+    space: SearchSpace
+    seeds: tuple[int, ...]
+    """Of the pseudo-open splits that a score is averaged over."""
+    data: Path
+    folder: Path
+    """Of the sweep; each trial has a folder of its own below `trials`."""
+    report_every: int
+    """Epochs between two reports."""
+    tracking: TrackingConfig
+    uri: str
+    parent: str | None
+    """MLflow run of the sweep."""
+
+
+def pseudo_name(protocol: str, seed: int) -> str:
+    return f"{protocol}-pseudo{seed}"
+
+
+def run_trial(values: dict[str, Any], settings: TrialSettings) -> None:
+    """Train with the drawn `values`, reporting to Ray Tune and MLflow."""
+    from ray import tune
+
+    os.environ.setdefault("MLFLOW_TRACKING_URI", settings.uri)
+    folder = settings.folder / "trials" / tune.get_context().get_trial_id()
+    config = settings.space.apply(settings.base, values)
+    builds = [find_build(settings.data, pseudo_name(config.protocol, seed), config.split) for seed in settings.seeds]
+    record = {"config": {**config.to_dict(), "search": values}, "split_hash": builds[0].manifest.split_hash}
+    with_records = RunFolder(folder)
+    with_records.write_config({**record, "commit": source_commit()})
+    tracker = JournalTracker(
+        folder,
+        uri=settings.uri,
+        experiment=settings.tracking.experiment,
+        offline=settings.tracking.offline,
+        parent=settings.parent,
+    )
+    try:
+        for epoch, scores in trial_scores(config, builds, folder, settings.report_every):
+            tracker.log({f"pseudo/{name}": value for name, value in scores.items()}, epoch)
+            tune.report({"epoch": epoch, **scores})
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("FINISHED")
+
+
+def trial_scores(config: TrainConfig, builds: list[Build], folder: Path, every: int):
+    """(epochs done, scores) after every so many epochs and at the end; goes on from `folder`'s checkpoints.
+
+    The score is the mean over splits of AUROC on pseudo-unknown classes at the best k, and closed-set accuracy counts
+    in the second place: {"score", "auroc", "accuracy", "k"}.
+    """
+    device = join_ranks()
+    runs = []
+    for build in builds:
+        name = build.protocol.name
+        own = dataclasses.replace(config, protocol=name, run_dir=folder / name, checkpoint_every=every)
+        trainer = Trainer(own, build, device)
+        # Its own folder and lock: a trial that is tried again goes on where it was.
+        runs.append(
+            (trainer, training_epochs(trainer, RunFolder(own.folder), NullTracker(), run_identity(own, build, device)))
+        )
+    at = dict.fromkeys(range(len(runs)), 0)
+    for target in [*range(every, config.total_epochs, every), config.total_epochs]:
+        for place, (_, epochs) in enumerate(runs):
+            while at[place] < target:
+                at[place], _ = next(epochs)
+        if min(at.values()) == target:  # else an earlier attempt has reported it
+            yield target, mean_scores([trainer for trainer, _ in runs])
+
+
+def mean_scores(trainers: list[Trainer]) -> dict[str, float]:
+    results = []
+    for trainer in trainers:
+        model = build_model(portable_encoder(trainer), trainer.build, trainer.config)
+        results.append(evaluate_open_set(model, trainer.build, trainer.config.ks, trainer.config.workers))
+    ks = set.intersection(*(set(result["auroc"]) for result in results))
+    auroc = {k: sum(result["auroc"][k] for result in results) / len(results) for k in sorted(ks)}
+    best = max(auroc, key=auroc.__getitem__)
+    accuracy = sum(result["closed_set_accuracy"][best] for result in results) / len(results)
+    # A hundredth of the accuracy settles between trials that AUROC cannot tell apart.
+    return {"score": auroc[best] + 0.01 * accuracy, "auroc": auroc[best], "accuracy": accuracy, "k": best}
