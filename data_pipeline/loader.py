@@ -58,37 +58,66 @@ def rank_order(count: int, batch_size: int, *, seed: int, epoch: int, rank: int,
     return order.reshape(steps, world_size, batch_size)[:, rank]
 
 
+class Partitions:
+    """A build's partitions as batches on a device: `partitions["train"]` has all training images, in the file's order.
+
+    Each is decoded when it is first asked for, by `workers` threads, and kept if it takes at most a quarter of the
+    memory that is free on the device then; else it is decoded again the next time.
+    """
+
+    def __init__(self, build: Build, device: torch.device, workers: int = 1) -> None:
+        self.build, self.device, self.workers = build, device, workers
+        self._kept: dict[str, Batch] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.build
+
+    def __getitem__(self, name: str) -> Batch:
+        if name in self._kept:
+            return self._kept[name]
+        keep = self.fits(name)
+        batch = load_all(self.build, name, device=self.device, workers=self.workers)
+        if keep:
+            self._kept[name] = batch
+        return batch
+
+    def fits(self, name: str) -> bool:
+        """Whether the partition is small beside the device's free memory, or is there already."""
+        manifest = self.build.manifest
+        needed = self.build.record(name).count * (manifest.image_size**2 * manifest.channels + 16)
+        return name in self._kept or needed <= _RESIDENT_SHARE * _free_memory(self.device)
+
+
 class Loader(ABC):
     """Shuffled training batches of one rank. `len(loader)` is the number of steps in an epoch."""
 
     def __init__(
         self,
-        build: Build,
+        partitions: Partitions,
         batch_size: int,
         *,
-        device: torch.device,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
-        workers: int = 1,
     ) -> None:
-        """`batch_size` is of each rank; an epoch has a multiple of `accumulation` batches; `workers` are decoding
-        threads. The other arguments are `rank_order`'s."""
-        self.count, self.batch_size, self.device = build.record("train").count, batch_size, device
+        """`batch_size` is of each rank; an epoch has a multiple of `accumulation` batches. The other arguments are
+        `rank_order`'s."""
+        self.count, self.batch_size = partitions.build.record("train").count, batch_size
+        self.device = partitions.device
         self.seed, self.rank, self.world_size, self.accumulation = seed, rank, world_size, accumulation
         if len(self) == 0:
             raise InputError(
                 f"{self.count} training images do not fill one batch of {batch_size * world_size * accumulation}: "
                 f"set --batch-size to at most {self.count}"
             )
-        self._open(build, workers)
+        self._open(partitions)
 
     def __len__(self) -> int:
         return self.count // (self.batch_size * self.world_size * self.accumulation) * self.accumulation
 
     @abstractmethod
-    def _open(self, build: Build, workers: int) -> None:
+    def _open(self, partitions: Partitions) -> None:
         """Make the training images ready to be read."""
 
     @abstractmethod
@@ -105,8 +134,8 @@ class Loader(ABC):
 class StreamLoader(Loader):
     """Decodes from the file every epoch, a few batches ahead."""
 
-    def _open(self, build: Build, workers: int) -> None:
-        self._file = _FFCVFile(build, "train", self.batch_size, self.device, workers)
+    def _open(self, partitions: Partitions) -> None:
+        self._file = _FFCVFile(partitions.build, "train", self.batch_size, self.device, partitions.workers)
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         return self._file.read(self._order(number, first_step).ravel())
@@ -115,8 +144,8 @@ class StreamLoader(Loader):
 class ResidentLoader(Loader):
     """Decodes the file once and keeps it on the device: (H·W·C + 16) bytes an image."""
 
-    def _open(self, build: Build, workers: int) -> None:
-        self._data = load_all(build, "train", device=self.device, workers=workers)
+    def _open(self, partitions: Partitions) -> None:
+        self._data = partitions["train"]
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         # One transfer for the whole epoch; after it no step waits for the host.
@@ -125,15 +154,13 @@ class ResidentLoader(Loader):
 
 
 def open_loader(
-    build: Build,
+    partitions: Partitions,
     batch_size: int,
     *,
-    device: torch.device,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
     accumulation: int = 1,
-    workers: int = 1,
     cache: Cache = "auto",
 ) -> Loader:
     """Training batches of a build, `batch_size` images on each rank.
@@ -142,22 +169,11 @@ def open_loader(
         accumulation: how many of them make one step of the optimizer; an epoch has no part of a step.
         cache: keep the decoded images on the device, stream them, or decide: resident if they take at most a quarter of
             the memory that is free there.
-        workers: decoding threads.
     """
     if cache == "auto":
-        needed = build.record("train").count * (build.manifest.image_size**2 * build.manifest.channels + 16)
-        cache = "resident" if needed <= _RESIDENT_SHARE * _free_memory(device) else "stream"
+        cache = "resident" if partitions.fits("train") else "stream"
     kind = ResidentLoader if cache == "resident" else StreamLoader
-    return kind(
-        build,
-        batch_size,
-        device=device,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        accumulation=accumulation,
-        workers=workers,
-    )
+    return kind(partitions, batch_size, seed=seed, rank=rank, world_size=world_size, accumulation=accumulation)
 
 
 def load_all(build: Build, partition: str, *, device: torch.device, workers: int = 1) -> Batch:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError
-from data_pipeline.loader import ResidentLoader, StreamLoader, load_all, open_loader, rank_order
+from data_pipeline.loader import Partitions, ResidentLoader, StreamLoader, load_all, open_loader, rank_order
 
 CPU = torch.device("cpu")
 KINDS = [StreamLoader, ResidentLoader]
@@ -18,7 +18,7 @@ KINDS = [StreamLoader, ResidentLoader]
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_hold_the_images_of_their_indices(kind, digits):
     everything = load_all(digits, "train", device=CPU)
-    loader = kind(digits, 100, device=CPU, seed=3)
+    loader = kind(Partitions(digits, CPU), 100, seed=3)
     seen = []
     for batch in loader.epoch(5):
         assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
@@ -29,7 +29,7 @@ def test_batches_hold_the_images_of_their_indices(kind, digits):
 
 
 def test_both_loaders_give_the_same_batches_in_every_epoch(digits):
-    stream, resident = (kind(digits, 64, device=CPU, seed=1) for kind in KINDS)
+    stream, resident = (kind(Partitions(digits, CPU), 64, seed=1) for kind in KINDS)
     epochs = []
     for number in (0, 1, 0):
         pairs = list(zip(stream.epoch(number), resident.epoch(number)))
@@ -42,14 +42,14 @@ def test_both_loaders_give_the_same_batches_in_every_epoch(digits):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_share_every_global_batch(kind, digits):
-    alone = [batch.indices for batch in kind(digits, 96, device=CPU, seed=2).epoch(4)]
+    alone = [batch.indices for batch in kind(Partitions(digits, CPU), 96, seed=2).epoch(4)]
     for world_size in (2, 3, 4):
         ranks = [
             [
                 batch.indices
-                for batch in kind(digits, 96 // world_size, device=CPU, seed=2, rank=rank, world_size=world_size).epoch(
-                    4
-                )
+                for batch in kind(
+                    Partitions(digits, CPU), 96 // world_size, seed=2, rank=rank, world_size=world_size
+                ).epoch(4)
             ]
             for rank in range(world_size)
         ]
@@ -69,7 +69,7 @@ def test_seeds_give_different_orders():
 
 
 def test_abandoned_epochs_leave_no_thread(digits):
-    loader = StreamLoader(digits, 32, device=CPU)
+    loader = StreamLoader(Partitions(digits, CPU), 32)
     next(loader.epoch(0))
     before = threading.active_count()
     for number in range(200):
@@ -81,7 +81,7 @@ def test_abandoned_epochs_leave_no_thread(digits):
 
 def test_an_abandoned_epoch_does_not_disturb_the_next(digits):
     loader, everything = (
-        StreamLoader(digits, 32, device=CPU),
+        StreamLoader(Partitions(digits, CPU), 32),
         load_all(digits, "train", device=CPU),
     )
     for number in range(5):
@@ -93,13 +93,22 @@ def test_an_abandoned_epoch_does_not_disturb_the_next(digits):
 
 
 def test_the_cache_is_chosen_by_memory(digits, monkeypatch):
-    assert isinstance(open_loader(digits, 32, device=CPU), ResidentLoader)
+    assert isinstance(open_loader(Partitions(digits, CPU), 32), ResidentLoader)
     monkeypatch.setattr("data_pipeline.loader._free_memory", lambda device: 1000)
-    assert isinstance(open_loader(digits, 32, device=CPU), StreamLoader)
-    assert isinstance(open_loader(digits, 32, device=CPU, cache="resident"), ResidentLoader)
+    assert isinstance(open_loader(Partitions(digits, CPU), 32), StreamLoader)
+    assert isinstance(open_loader(Partitions(digits, CPU), 32, cache="resident"), ResidentLoader)
+
+
+def test_small_partitions_are_decoded_once(digits, monkeypatch):
+    partitions = Partitions(digits, CPU)
+    assert partitions["test_known"] is partitions["test_known"]
+    assert "test_unknown" in partitions and "else" not in partitions
+    monkeypatch.setattr("data_pipeline.loader._free_memory", lambda device: 1000)
+    first, second = partitions["train"], partitions["train"]
+    assert first is not second and torch.equal(first.images, second.images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_images_than_a_batch_is_refused(kind, digits):
     with pytest.raises(InputError, match="690 training images do not fill one batch of 700: set --batch-size"):
-        kind(digits, 350, device=CPU, world_size=2)
+        kind(Partitions(digits, CPU), 350, world_size=2)

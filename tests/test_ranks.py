@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from data_pipeline.beton import find_build
+from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
@@ -27,7 +28,10 @@ def _train(configs: list[TrainConfig], epochs: int) -> list[dict]:
     """What each configuration leaves on this rank. All in one process: starting one costs more than training here."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     device = join_ranks()
-    return [_train_one(Trainer(config, find_build(config.data, "digits", 0), device), epochs) for config in configs]
+    return [
+        _train_one(Trainer(config, Partitions(find_build(config.data, "digits", 0), device)), epochs)
+        for config in configs
+    ]
 
 
 def _train_one(trainer: Trainer, epochs: int) -> dict:

@@ -20,6 +20,7 @@ from data_pipeline.beton import find_build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.cli import EXIT_REQUEUE
 from data_pipeline.errors import InputError
+from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer import checkpoint
 from trainer import train as train_module
@@ -202,7 +203,7 @@ def _load_and_save(config: TrainConfig, source: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     device = join_ranks()
     made = find_build(config.data, "digits", 0)
-    trainer = Trainer(config, made, device)
+    trainer = Trainer(config, Partitions(made, device))
     identity = run_identity(config, made, device)
     progress = checkpoint.load(source, trainer.engine, trainer.peaks, identity)
     checkpoint.save(config.folder, trainer.engine, trainer.peaks, progress, identity, keep=1)

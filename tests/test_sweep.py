@@ -15,14 +15,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from data_pipeline.beton import Build, find_build
+from data_pipeline.beton import Build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import Source
 from trainer.config import EncoderConfig, recipe
 from tuning.sweep import SweepConfig, preflight, sweep
-from tuning.trial import pseudo_name, trial_scores
+from tuning.trial import pseudo_name, pseudo_split, trial_scores
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).parents[1]
@@ -75,9 +75,9 @@ def test_a_search_never_reads_an_image_of_an_unknown_class(monkeypatch, tmp_path
 
     monkeypatch.setattr(Build, "file", recorded_file)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    builds = [find_build(tmp_path / "data", pseudo_name("digits", seed), 0) for seed in (0, 1)]
+    splits = [pseudo_split(tmp_path / "data", pseudo_name("digits", seed), 0, 1) for seed in (0, 1)]
     config = dataclasses.replace(recipe("digits"), epochs=1, encoder=EncoderConfig(width=4), ks=(1, 5))
-    ((epoch, scores),) = trial_scores(config, builds, tmp_path / "trial", 1)
+    ((epoch, scores),) = trial_scores(config, splits, tmp_path / "trial", 1)
     assert epoch == 1 and 0 < scores["auroc"] < 1 and scores["k"] in (1, 5, 10)
     assert {path.parent.name for path in opened} == {f"digits-pseudo{seed}-0-16px-raw" for seed in (0, 1)}
 
@@ -126,7 +126,7 @@ def test_a_trial_that_fails_is_tried_again_and_reported(config, tmp_path):
     config = dataclasses.replace(
         config, space=space, num_samples=1, base=dataclasses.replace(config.base, tracking=offline)
     )
-    with pytest.raises(InputError, match="no trial of 1 came to a score; the first said: .*not finite"):
+    with pytest.raises(InputError, match=r"no trial of 1 came to a score; the first said: .*not finite"):
         sweep(config, QUIET)
     assert "failed" in (config.path / "log.txt").read_text()
 

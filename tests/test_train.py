@@ -15,7 +15,7 @@ from rich.console import Console
 
 from data_pipeline.beton import find_build
 from data_pipeline.errors import InputError
-from data_pipeline.loader import load_all
+from data_pipeline.loader import Partitions, load_all
 from data_pipeline.protocols import Protocol
 from trainer import checkpoint
 from trainer.config import EncoderConfig, MixingConfig, TrackingConfig, TrainConfig, recipe
@@ -48,7 +48,7 @@ def config(digits, tmp_path) -> TrainConfig:
 
 
 def new_trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, find_build(config.data, "digits", 0), join_ranks())
+    return Trainer(config, Partitions(find_build(config.data, "digits", 0), join_ranks()))
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

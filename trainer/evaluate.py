@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_pipeline import cli
-from data_pipeline.beton import Build, find_split
+from data_pipeline.beton import find_split
 from data_pipeline.errors import InputError
-from data_pipeline.loader import Batch, load_all
+from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig
@@ -32,10 +32,9 @@ from trainer.registry import ModelCard, OpenSetModel, load_model
 Task = Literal["osr", "closed-set"]
 
 
-def build_model(encoder: Encoder, build: Build, config: TrainConfig) -> OpenSetModel:
+def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -> OpenSetModel:
     """A model from a trained encoder: training images become its gallery, calibration images set its threshold."""
-    manifest, protocol = build.manifest, build.protocol
-    device = next(encoder.parameters()).device
+    manifest, protocol = partitions.build.manifest, partitions.build.protocol
     card = ModelCard(
         protocol=protocol.to_dict(),
         split_hash=protocol.split_hash,
@@ -49,30 +48,29 @@ def build_model(encoder: Encoder, build: Build, config: TrainConfig) -> OpenSetM
         threshold=0.0,
         accept=config.accept,
     )
-    train = load_all(build, "train", device=device, workers=config.workers)
+    train = partitions["train"]
     model = OpenSetModel(card, encoder, train.images.new_empty((0, config.encoder.embedding_dim)), train.labels)
     model.gallery = model.embed(train.images)
-    held_out = load_all(build, "calibration", device=device, workers=config.workers)
-    scores = model.score(held_out.images, [config.k]).scores.squeeze(1)
+    scores = model.score(partitions["calibration"].images, [config.k]).scores.squeeze(1)
     model.card = dataclasses.replace(card, threshold=calibrate_threshold(scores, config.accept))
     return model
 
 
-def evaluate_open_set(model: OpenSetModel, build: Build, ks: Sequence[int], workers: int = 1) -> dict[str, Any]:
+def evaluate_open_set(model: OpenSetModel, partitions: Partitions, ks: Sequence[int]) -> dict[str, Any]:
     """AUROC, OSCR and closed-set accuracy as {k: value}, and what the threshold does to known and unknown images.
 
     A protocol without unknown classes has closed-set accuracy only.
     """
-    known = load_all(build, "test_known", device=model.device, workers=workers)
+    known = partitions["test_known"]
     ks = usable_ks(model, ks)
     scores, predictions = (column.cpu().numpy() for column in model.score(known.images, ks))
     labels = known.labels.cpu().numpy()
     at_k = scores[:, ks.index(model.card.k)]
     result: dict[str, Any] = {"test_known": len(labels), "known_accepted": float((at_k >= model.card.threshold).mean())}
-    if "test_unknown" not in build:
+    if "test_unknown" not in partitions:
         accuracy = {k: closed_set_accuracy(predictions[:, column], labels) for column, k in enumerate(ks)}
         return {"closed_set_accuracy": accuracy, **result}
-    unknown = load_all(build, "test_unknown", device=model.device, workers=workers)
+    unknown = partitions["test_unknown"]
     unknown_scores = model.score(unknown.images, ks).scores.cpu().numpy()
     rejected = float((unknown_scores[:, ks.index(model.card.k)] < model.card.threshold).mean())
     metrics = open_set_metrics(scores, predictions, labels, unknown_scores, ks)
@@ -99,12 +97,12 @@ def metrics_table(result: dict[str, Any], title: str) -> Table:
     return table
 
 
-def name_examples(model: OpenSetModel, build: Build, count: int) -> Table:
+def name_examples(model: OpenSetModel, partitions: Partitions, count: int) -> Table:
     """What the model says to `count` test images, half of them of unknown classes where there are any."""
-    parts = [name for name in ("test_known", "test_unknown") if name in build]
+    parts = [name for name in ("test_known", "test_unknown") if name in partitions]
     table = Table("image", "truth", "answer", "nearest class", "score", "threshold", title="A few test images")
     for name in parts:
-        batch = _evenly(load_all(build, name, device=model.device), count // len(parts))
+        batch = _evenly(partitions[name], count // len(parts))
         answers = model.predict(batch.images)
         for row, (index, label) in enumerate(zip(batch.indices.tolist(), batch.labels.tolist())):
             truth = model.card.class_names[label] if label >= 0 else UNKNOWN
@@ -160,21 +158,21 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     model = load_model(config.model, config.tracking_uri, device_by_default())
     protocol = Protocol.from_dict(model.card.protocol)
-    build = find_split(config.data, protocol)
-    if config.task == "osr" and "test_unknown" not in build:
+    partitions = Partitions(find_split(config.data, protocol), model.device, config.workers)
+    if config.task == "osr" and "test_unknown" not in partitions:
         raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
     name = config.model.removeprefix("models:/").strip("/").replace("/", "-")
     run = RunFolder(config.run_dir or Path("runs") / f"evaluate-{config.task}-{name}", console)
     record = {key: str(value) for key, value in dataclasses.asdict(config).items()}
     run.write_config({"config": record, "split_hash": protocol.split_hash, "commit": source_commit()})
-    result = evaluate_open_set(model, build, config.ks, config.workers)
+    result = evaluate_open_set(model, partitions, config.ks)
     if config.task == "closed-set":
         result = {key: result[key] for key in ("closed_set_accuracy", "test_known")}
     run.write_metrics(result)
     title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
     console.print(metrics_table(result, title))
     if config.examples:
-        console.print(name_examples(model, build, config.examples))
+        console.print(name_examples(model, partitions, config.examples))
     run.log(f"written to {run.path}")
     return result
 

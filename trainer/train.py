@@ -32,7 +32,7 @@ from torch import Tensor
 from data_pipeline import cli
 from data_pipeline.beton import Build, find_build
 from data_pipeline.errors import InputError
-from data_pipeline.loader import Batch, Loader, open_loader
+from data_pipeline.loader import Batch, Loader, Partitions, open_loader
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
@@ -63,29 +63,28 @@ LOSS_PARTS = Objective._fields
 class Trainer:
     """Everything one training run holds: data, views, engine, peaks."""
 
-    def __init__(self, config: TrainConfig, build: Build, device: torch.device) -> None:
-        self.config, self.build, self.device = config, build, device
-        manifest = build.manifest
+    def __init__(self, config: TrainConfig, partitions: Partitions) -> None:
+        self.config, self.partitions = config, partitions
+        self.build, self.device = partitions.build, partitions.device
+        device = self.device
         deepspeed_config = read_deepspeed_config(config.deepspeed_config, device)
         self.autocast_dtype = autocast_dtype(deepspeed_config)
         # A step of the optimizer may take several batches.
         self.accumulation = deepspeed_config.get("gradient_accumulation_steps", 1)
         micro_batch = micro_batch_size(config.batch_size, world_size(), self.accumulation)
         self.loader: Loader = open_loader(
-            build,
+            partitions,
             micro_batch,
-            device=device,
             seed=config.seed,
             rank=rank(),
             world_size=world_size(),
             accumulation=self.accumulation,
-            workers=config.workers,
             cache=config.cache,
         )
         self.peaks = PeakStore(self.loader.count, config.mixing.num_patches, device)
 
         torch.manual_seed(config.seed)  # initial weights; all other random numbers are functions of their place
-        encoder = Encoder(config.encoder, manifest.channels)
+        encoder = Encoder(config.encoder, self.build.manifest.channels)
         if config.init_from is not None:
             load_encoder(encoder, config.init_from)
         if config.batch_norm == "global" and world_size() > 1:
@@ -374,8 +373,8 @@ def due(epoch: int, every: int, total: int) -> bool:
 
 
 def log_evaluation(trainer: Trainer, tracker: Tracker, epoch: int) -> None:
-    model = build_model(portable_encoder(trainer), trainer.build, trainer.config)
-    tracker.log(flat_metrics(evaluate_open_set(model, trainer.build, trainer.config.ks, trainer.config.workers)), epoch)
+    model = build_model(portable_encoder(trainer), trainer.partitions, trainer.config)
+    tracker.log(flat_metrics(evaluate_open_set(model, trainer.partitions, trainer.config.ks)), epoch)
 
 
 def portable_encoder(trainer: Trainer) -> Encoder:
@@ -411,8 +410,8 @@ def progress_bar(console: Console | None) -> Progress:
 def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -> None:
     """Build the model, measure it, save it and write `metrics.json`; the first rank's work."""
     config, protocol = trainer.config, trainer.build.protocol
-    model = build_model(portable_encoder(trainer), trainer.build, config)
-    result = evaluate_open_set(model, trainer.build, config.ks, config.workers)
+    model = build_model(portable_encoder(trainer), trainer.partitions, config)
+    result = evaluate_open_set(model, trainer.partitions, config.ks)
     model.save(run.path / "model")
     tracker.log(flat_metrics(result), config.total_epochs)
     run.write_metrics(
@@ -442,7 +441,7 @@ def train(config: TrainConfig, console: Console | None) -> None:
         from_first_rank(lambda: check_store(uri))
     run, finished = open_run(config, identity, console)
     if not finished:
-        trainer = Trainer(config, build, device)
+        trainer = Trainer(config, Partitions(build, device, config.workers))
         # Not before everything is known to fit: what the folder holds may be discarded here.
         from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
         run.log(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ from trainer.config import TrainConfig
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
 
 LARGEST_GAMMA = 0.9
-_OWN = ("zero", "gamma_min", "gamma_share")
+_OWN = ("gamma_min", "gamma_share")
+_KEYS = ("low", "high", "log", "zero_below", "choices")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is varied, by name: a path into `TrainConfig`, or one of `zero`, `gamma_min` and `gamma_share`."""
+    """What is varied, by name: a path into `TrainConfig`, or `gamma_min` or `gamma_share`."""
 
     distributions: dict[str, BaseDistribution]
+    zero_below: dict[str, float] = field(default_factory=dict)
+    """What is drawn below this counts as 0, which a logarithmic range never reaches."""
 
     @classmethod
     def read(cls, path: Path) -> SearchSpace:
@@ -45,32 +48,44 @@ class SearchSpace:
             raise InputError(
                 f"{path} names nothing to vary: write entries like objective.theta: {{low: 0.1, high: 10}}"
             )
-        space = cls({str(name): _distribution(f"{path}: {name}", entry) for name, entry in entries.items()})
-        for name, distribution in space.distributions.items():
+        distributions = {str(name): _distribution(f"{path}: {name}", entry) for name, entry in entries.items()}
+        for name, distribution in distributions.items():
             _check(f"{path}: {name}", name, distribution)
-        return space
+        zeros = {str(name): entry["zero_below"] for name, entry in entries.items() if "zero_below" in entry}
+        return cls(distributions, zeros)
 
     def apply(self, base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         """`base` with the drawn `values` in place."""
-        for name, value in values.items():
+        tree: dict[str, Any] = {}
+        for name, value in self._with_zeros(values).items():
             if name not in _OWN:
-                base = _replaced(base, name.split("."), value)
-        mixing, objective = base.mixing, base.objective
+                *path, last = name.split(".")
+                node = tree
+                for part in path:
+                    node = node.setdefault(part, {})
+                node[last] = value
+        base = _replaced(base, tree)
+        mixing = base.mixing
         if "gamma_min" in values or "gamma_share" in values:
             low = values.get("gamma_min", mixing.gamma_min)
             high = low + values["gamma_share"] * (LARGEST_GAMMA - low) if "gamma_share" in values else mixing.gamma_max
             mixing = dataclasses.replace(mixing, gamma_min=low, gamma_max=max(low, high))
-        if values.get("zero", "none") != "none":
-            objective = dataclasses.replace(objective, **{values["zero"]: 0.0})
-        return dataclasses.replace(base, mixing=mixing, objective=objective)
+        return dataclasses.replace(base, mixing=mixing)
+
+    def _with_zeros(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        small = {name for name, least in self.zero_below.items() if name in values and values[name] < least}
+        if {"objective.theta", "objective.lam"} <= small:
+            # Not both: only their ratio counts then, and the larger one stays.
+            small.remove(max("objective.theta", "objective.lam", key=values.__getitem__))
+        return {name: 0.0 if name in small else value for name, value in values.items()}
 
 
 def _distribution(where: str, entry: Any) -> BaseDistribution:
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {entry!r}; write {{low: ..., high: ...}} or {{choices: [...]}}")
-    strange = entry.keys() - {"low", "high", "log", "choices"}
+    strange = entry.keys() - set(_KEYS)
     if strange:
-        raise unknown_name(f"key in {where}", min(strange, key=str), ("low", "high", "log", "choices"))
+        raise unknown_name(f"key in {where}", min(strange, key=str), _KEYS)
     if "choices" in entry:
         choices = entry["choices"]
         if entry.keys() != {"choices"} or not isinstance(choices, list) or not choices:
@@ -79,6 +94,9 @@ def _distribution(where: str, entry: Any) -> BaseDistribution:
     low, high, log = entry.get("low"), entry.get("high"), entry.get("log", False)
     if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in (low, high)):
         raise InputError(f"{where} has the bounds {low!r} and {high!r}; give two numbers, low and high")
+    least = entry.get("zero_below")
+    if least is not None and not (type(least) in (int, float) and low <= least < high):
+        raise InputError(f"{where} has zero_below {least!r}; set it between {low} and {high}")
     kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
     try:
         return kind(low, high, log=log)
@@ -92,8 +110,6 @@ def _check(where: str, name: str, distribution: BaseDistribution) -> None:
         drawn = list(distribution.choices)
     else:
         drawn = [distribution.low, distribution.high]
-    if name == "zero" and not set(drawn) <= {"none", "theta", "lam"}:
-        raise InputError(f"{where} has the choices {drawn}; they may be none, theta and lam")
     try:
         for value in drawn:
             SearchSpace({}).apply(TrainConfig(), {name: value})
@@ -101,16 +117,22 @@ def _check(where: str, name: str, distribution: BaseDistribution) -> None:
         raise InputError(f"{where}: {error}") from error
 
 
-def _replaced(config: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
+def _replaced(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`config` with the fields that `changes` names; what it names of a field that is itself a configuration, in that.
+
+    All fields of one configuration change at once: between two valid states there need not be one for each step.
+    """
     fields = {field.name for field in dataclasses.fields(config)}
-    if name not in fields:
-        raise unknown_name("field", name, (*sorted(fields), *_OWN))
-    if rest:
-        inner = getattr(config, name)
-        if not dataclasses.is_dataclass(inner):
-            raise InputError(f"field {name} has no fields of its own: leave out .{'.'.join(rest)}")
-        value = _replaced(inner, rest, value)
-    elif isinstance(getattr(config, name), tuple) and isinstance(value, str):
-        value = tuple(value.split("+"))
-    return dataclasses.replace(config, **{name: value})
+    new = {}
+    for name, value in changes.items():
+        if name not in fields:
+            raise unknown_name("field", name, (*sorted(fields), *_OWN))
+        present = getattr(config, name)
+        if isinstance(value, dict):
+            if not dataclasses.is_dataclass(present):
+                raise InputError(f"field {name} has no fields of its own: leave out .{next(iter(value))}")
+            value = _replaced(present, value)
+        elif isinstance(present, tuple) and isinstance(value, str):
+            value = tuple(value.split("+"))
+        new[name] = value
+    return dataclasses.replace(config, **new)

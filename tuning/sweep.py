@@ -6,12 +6,14 @@ training images. Only the winner is then trained on all known classes, once, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from data_pipeline.beton import Build, find_build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.files import read_json, write_json
+from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
@@ -129,8 +132,12 @@ def sweep(config: SweepConfig, console: Console) -> dict[str, Any]:
         check_store(uri)
     for seed in config.seeds:
         prepare(config, console, seed)
-    protocol = Protocol(config.protocol, config.split) if config.protocol != "custom" else None
-    run = open_sweep(config, space, protocol, console)
+    with contextlib.closing(RunFolder(config.path, console)) as run:
+        begin(config, space, run)
+        return run_sweep(config, space, uri, run, console)
+
+
+def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder, console: Console) -> dict[str, Any]:
     tracker = JournalTracker(
         run.path, uri=uri, experiment=config.base.tracking.experiment, offline=config.base.tracking.offline
     )
@@ -146,7 +153,12 @@ def sweep(config: SweepConfig, console: Console) -> dict[str, Any]:
             uri=absolute(uri),
             parent=parent_run(run.path, config),
         )
+        started = time.perf_counter()
         trials = search(config, settings)
+        seconds = time.perf_counter() - started
+        trained = sum(trial.metrics["train_seconds"] or 0 for trial in trials)
+        run.log(f"{len(trials)} trials in {seconds:,.0f} s, {trained:,.0f} s of training in all")
+        tracker.log({"search_seconds": seconds, "train_seconds": trained}, 0)
         result = conclude(config, space, trials, run, tracker)
         if config.final_epochs != 0:
             result["final"] = train_winner(config, space, result, settings, console)
@@ -187,8 +199,9 @@ def prepare(config: SweepConfig, console: Console, seed: int | None) -> Build:
     )
 
 
-def open_sweep(config: SweepConfig, space: SearchSpace, protocol: Protocol | None, console: Console) -> RunFolder:
-    run = RunFolder(config.path, console)
+def begin(config: SweepConfig, space: SearchSpace, run: RunFolder) -> None:
+    """Write what is asked, having made sure that it is not something else than what the folder holds."""
+    protocol = Protocol(config.protocol, config.split) if config.protocol != "custom" else None
     record = {"protocol": config.protocol, "split": config.split, "seeds": list(config.seeds), "epochs": config.epochs}
     record |= {"base": config.trial_config.identity, "space": {n: repr(d) for n, d in space.distributions.items()}}
     earlier = run.config()
@@ -213,7 +226,6 @@ def open_sweep(config: SweepConfig, space: SearchSpace, protocol: Protocol | Non
             "commit": source_commit(),
         }
     )
-    return run
 
 
 def parent_run(folder: Path, config: SweepConfig) -> str | None:
@@ -256,6 +268,7 @@ def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
                 time_budget_s=config.time_budget and 60 * config.time_budget,
                 max_concurrent_trials=config.max_concurrent,
                 trial_dirname_creator=lambda trial: trial.trial_id,
+                reuse_actors=True,  # imports take longer than a short trial
             ),
             run_config=tune.RunConfig(
                 name="search",
@@ -270,7 +283,9 @@ def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
             name=result.metrics.get("trial_id", Path(result.path).name) if result.metrics else Path(result.path).name,
             values=dict(result.config or {}),
             score=(result.metrics or {}).get("score"),
-            metrics={key: (result.metrics or {}).get(key) for key in ("auroc", "accuracy", "k", "epoch")},
+            metrics={
+                key: (result.metrics or {}).get(key) for key in ("auroc", "accuracy", "k", "epoch", "train_seconds")
+            },
             error=str(result.error).strip().splitlines()[-1] if result.error else None,
         )
         for result in results
@@ -433,7 +448,7 @@ def promote(winner: TrainConfig, made: Build, auroc: float, console: Console) ->
     client = MlflowClient(winner.tracking.uri)
     rival = champion(winner, made)
     if rival is not None:
-        theirs = evaluate_open_set(rival, made, [rival.card.k])["auroc"][rival.card.k]
+        theirs = evaluate_open_set(rival, Partitions(made, rival.device), [rival.card.k])["auroc"][rival.card.k]
         if auroc <= theirs:
             console.print(f"the champion stays: its AUROC is {theirs:.4f}, the winner's {auroc:.4f} (@challenger)")
             return "challenger"

@@ -6,13 +6,17 @@ mean over splits and the scheduler can stop all of them at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.beton import Build, find_build
+from data_pipeline.beton import find_build
+from data_pipeline.loader import Partitions
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.engine import join_ranks
@@ -53,10 +57,12 @@ def run_trial(values: dict[str, Any], settings: TrialSettings) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", settings.uri)
     folder = settings.folder / "trials" / tune.get_context().get_trial_id()
     config = settings.space.apply(settings.base, values)
-    builds = [find_build(settings.data, pseudo_name(config.protocol, seed), config.split) for seed in settings.seeds]
-    record = {"config": {**config.to_dict(), "search": values}, "split_hash": builds[0].manifest.split_hash}
-    with_records = RunFolder(folder)
-    with_records.write_config({**record, "commit": source_commit()})
+    splits = [
+        pseudo_split(settings.data, pseudo_name(config.protocol, seed), config.split, config.workers)
+        for seed in settings.seeds
+    ]
+    record = {"config": {**config.to_dict(), "search": values}, "split_hash": splits[0].build.manifest.split_hash}
+    RunFolder(folder).write_config({**record, "commit": source_commit()})
     tracker = JournalTracker(
         folder,
         uri=settings.uri,
@@ -65,45 +71,57 @@ def run_trial(values: dict[str, Any], settings: TrialSettings) -> None:
         parent=settings.parent,
     )
     try:
-        for epoch, scores in trial_scores(config, builds, folder, settings.report_every):
+        for epoch, scores in trial_scores(config, splits, folder, settings.report_every):
             tracker.log({f"pseudo/{name}": value for name, value in scores.items()}, epoch)
             tune.report({"epoch": epoch, **scores})
-    except BaseException:
-        tracker.close("FAILED")
+    except BaseException as error:
+        # The scheduler stops a trial by SystemExit out of tune.report: nothing is wrong with it.
+        tracker.close("FINISHED" if isinstance(error, SystemExit) else "FAILED")
         raise
     tracker.close("FINISHED")
 
 
-def trial_scores(config: TrainConfig, builds: list[Build], folder: Path, every: int):
+@functools.lru_cache(maxsize=8)
+def pseudo_split(data: Path, name: str, split: int, workers: int) -> Partitions:
+    """Decoded once for all trials of a process."""
+    return Partitions(find_build(data, name, split), join_ranks(), workers)
+
+
+def trial_scores(
+    config: TrainConfig, splits: Sequence[Partitions], folder: Path, every: int
+) -> Iterator[tuple[int, dict[str, float]]]:
     """(epochs done, scores) after every so many epochs and at the end; goes on from `folder`'s checkpoints.
 
     The score is the mean over splits of AUROC on pseudo-unknown classes at the best k, and closed-set accuracy counts
-    in the second place: {"score", "auroc", "accuracy", "k"}.
+    in the second place: {"score", "auroc", "accuracy", "k", "train_seconds"}.
     """
-    device = join_ranks()
-    runs = []
-    for build in builds:
-        name = build.protocol.name
-        own = dataclasses.replace(config, protocol=name, run_dir=folder / name, checkpoint_every=every)
-        trainer = Trainer(own, build, device)
-        # Its own folder and lock: a trial that is tried again goes on where it was.
-        runs.append(
-            (trainer, training_epochs(trainer, RunFolder(own.folder), NullTracker(), run_identity(own, build, device)))
-        )
-    at = dict.fromkeys(range(len(runs)), 0)
-    for target in [*range(every, config.total_epochs, every), config.total_epochs]:
-        for place, (_, epochs) in enumerate(runs):
-            while at[place] < target:
-                at[place], _ = next(epochs)
-        if min(at.values()) == target:  # else an earlier attempt has reported it
-            yield target, mean_scores([trainer for trainer, _ in runs])
+    trainers: list[Trainer] = []
+    runs: list[Iterator[tuple[int, float]]] = []
+    with contextlib.ExitStack() as folders:
+        for partitions in splits:
+            build = partitions.build
+            own = dataclasses.replace(
+                config, protocol=build.protocol.name, run_dir=folder / build.protocol.name, checkpoint_every=every
+            )
+            trainers.append(Trainer(own, partitions))
+            # A folder of its own: a trial that is tried again goes on from its checkpoint.
+            run = folders.enter_context(contextlib.closing(RunFolder(own.folder)))
+            identity = run_identity(own, build, partitions.device)
+            runs.append(training_epochs(trainers[-1], run, NullTracker(), identity))
+        done, seconds = [0] * len(runs), [0.0] * len(runs)
+        for target in [*range(every, config.total_epochs, every), config.total_epochs]:
+            for place, epochs in enumerate(runs):
+                while done[place] < target:
+                    done[place], seconds[place] = next(epochs)
+            if min(done) == target:  # else an earlier attempt has reported it
+                yield target, {**mean_scores(trainers), "train_seconds": sum(seconds)}
 
 
 def mean_scores(trainers: list[Trainer]) -> dict[str, float]:
     results = []
     for trainer in trainers:
-        model = build_model(portable_encoder(trainer), trainer.build, trainer.config)
-        results.append(evaluate_open_set(model, trainer.build, trainer.config.ks, trainer.config.workers))
+        model = build_model(portable_encoder(trainer), trainer.partitions, trainer.config)
+        results.append(evaluate_open_set(model, trainer.partitions, trainer.config.ks))
     ks = set.intersection(*(set(result["auroc"]) for result in results))
     auroc = {k: sum(result["auroc"][k] for result in results) / len(results) for k in sorted(ks)}
     best = max(auroc, key=auroc.__getitem__)

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from data_pipeline import cli
 from data_pipeline.beton import Build, read_build
-from data_pipeline.loader import StreamLoader, load_all
+from data_pipeline.loader import Partitions, StreamLoader, load_all
 from data_pipeline.views import ViewConfig, draw_parameters, render_view
 from trainer.config import EncoderConfig, MixingConfig, recipe
 from trainer.engine import join_ranks
@@ -72,7 +72,7 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
 
 def loading(config: BenchConfig, build: Build, images: torch.Tensor) -> tuple[float, float]:
     """Images/s of FFCV and of torch's DataLoader (two workers, started once)."""
-    stream = StreamLoader(build, config.batch_size, device=CPU, workers=2)
+    stream = StreamLoader(Partitions(build, CPU, workers=2), config.batch_size)
     torch_loader = DataLoader(
         Images(images), config.batch_size, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True
     )
@@ -125,7 +125,7 @@ def steps(config: BenchConfig, build: Build) -> tuple[float, float]:
     )
     device = join_ranks()
     trainers = [
-        Trainer(dataclasses.replace(base, mixing=MixingConfig(kind=kind)), build, device)
+        Trainer(dataclasses.replace(base, mixing=MixingConfig(kind=kind)), Partitions(build, device))
         for kind in ("gradmix", "none")
     ]
     times: list[list[float]] = [[], []]
