@@ -32,5 +32,8 @@ setup(
         "rich",  # progress bars and tables
         "psutil",  # free memory
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"]},
+    extras_require={
+        "server": ["mlflow[auth]", "psycopg[binary]"],  # cluster/mlflow
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "jsonschema", "gradmix-osr[server]"],
+    },
 )

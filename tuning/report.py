@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Callback
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,6 +26,26 @@ class Trial:
     """None if it never reported."""
     metrics: dict[str, float]
     error: str | None = None
+
+
+class TrialLines(Callback):
+    """Prints a line for each trial that ends, so that a person sees the search get on."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._print(trials, trial, "no score" if not trial.last_result else _scores(trial.last_result))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._print(trials, trial, "failed")
+
+    def _print(self, trials: list[Any], trial: Any, outcome: str) -> None:
+        ended = sum(other.status in ("TERMINATED", "ERROR") for other in trials)
+        Console(soft_wrap=True, highlight=False).print(
+            f"trial {ended}: {trial.trial_id}  {outcome}  {_short(trial.config)}", markup=False
+        )
+
+
+def _scores(metrics: Mapping[str, Any]) -> str:
+    return f"AUROC {100 * metrics['auroc']:.2f} after {metrics['epoch']} epochs" if "auroc" in metrics else "no score"
 
 
 def table_of(trials: Sequence[Trial], title: str, most: int = 10) -> Table:

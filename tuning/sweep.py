@@ -35,7 +35,7 @@ from trainer.evaluate import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
 from trainer.train import train
-from tuning.report import Trial, draw, table_of
+from tuning.report import Trial, TrialLines, draw, table_of
 from tuning.space import DEFAULT_SPACE, SearchSpace
 from tuning.trial import TrialSettings, pseudo_name, run_trial
 
@@ -245,6 +245,7 @@ def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     connect(config)
     preflight(config, ray.cluster_resources())
+    check_nodes(settings)
     storage = settings.folder / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
@@ -274,6 +275,7 @@ def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
                 name="search",
                 storage_path=str(storage),
                 failure_config=tune.FailureConfig(max_failures=config.retries),
+                callbacks=[TrialLines()],
                 verbose=0,
             ),
         )
@@ -320,6 +322,32 @@ def preflight(config: SweepConfig, resources: dict[str, float]) -> None:
         if asked > there:
             raise InputError(
                 f"a trial asks for {asked:g} {key}s, all of Ray has {there:g}: set --{name} to no more, or add nodes"
+            )
+
+
+def check_nodes(settings: TrialSettings) -> None:
+    """Make sure that trials on other machines find the data, and that what they write comes together."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return
+    if settings.uri.startswith("sqlite:") and not settings.tracking.offline:
+        raise InputError(
+            f"{len(nodes)} machines cannot share the SQLite file {settings.uri.removeprefix('sqlite:///')}: start a "
+            "server (cluster/mlflow) and name it by --base.tracking.uri"
+        )
+    present = ray.remote(num_cpus=0)(lambda paths: [path for path in paths if not Path(path).is_dir()])
+    paths = [str(settings.data), str(settings.folder)]
+    answers = [
+        present.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths)
+        for node in nodes
+    ]
+    for node, missing in zip(nodes, ray.get(answers)):
+        if missing:
+            raise InputError(
+                f"{node['NodeManagerAddress']} does not see {missing[0]}: put --data and --folder where all nodes share it"
             )
 
 

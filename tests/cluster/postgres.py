@@ -1,0 +1,86 @@
+"""PostgreSQL (Debian's package) and `cluster/mlflow/serve.sh` on it, in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PASSWORD = "a-%long password"  # characters that have to be quoted in a URI
+QUOTED = "a-%25long%20password"
+PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class TrackingServer:
+    """A tracking server with passwords; its user is admin, with `PASSWORD`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._store_port, self._port = folder, free_port(), free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self.store = folder / "postgres"
+        self.store.mkdir()
+        for path in (folder, *folder.parents):  # PostgreSQL does not run as root, and has to get there
+            if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
+                path.chmod(path.stat().st_mode | 0o011)
+        shutil.chown(self.store, "postgres", "postgres")
+        database = f"{self.store}/db"
+        self._run("initdb", "-D", database, "--auth-local=trust", "--auth-host=scram-sha-256")
+        options = f"-p {self._store_port} -h 127.0.0.1 -k {self.store}"
+        self._run("pg_ctl", "-D", database, "-w", "-l", f"{self.store}/log", "-o", options, "start")
+        script = (ROOT / "cluster" / "mlflow" / "createdb.sql").read_text()
+        connection = ("-h", str(self.store), "-p", str(self._store_port))
+        self._run("psql", *connection, "-v", f"password={PASSWORD}", "-v", "ON_ERROR_STOP=1", "-f", "-", given=script)
+        self._start()
+
+    def _run(self, program: str, *arguments: str, given: str = "") -> None:
+        output = self.folder / "postgres-output.log"  # a pipe would stay open in the server that pg_ctl starts
+        with open(output, "w") as log:
+            done = subprocess.run(
+                ["runuser", "-u", "postgres", "--", str(PROGRAMS / program), *arguments],
+                input=given, text=True, stdout=log, stderr=log, timeout=60, cwd=self.store,
+            )  # fmt: skip
+        assert done.returncode == 0, f"{program}: {output.read_text()}"
+
+    def _start(self) -> None:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "GRADMIX_MLFLOW_STORE": f"postgresql://mlflow:{QUOTED}@127.0.0.1:{self._store_port}/mlflow",
+            "GRADMIX_MLFLOW_FOLDER": str(self.folder / "server"),
+            "GRADMIX_MLFLOW_PORT": str(self._port),
+            "GRADMIX_MLFLOW_WORKERS": "1",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        }
+        with open(self.folder / "server.log", "a") as log:
+            self._server = subprocess.Popen(
+                ["bash", str(ROOT / "cluster" / "mlflow" / "serve.sh")], env=environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except OSError:
+                assert time.monotonic() < end and self._server.poll() is None, self.log()
+                time.sleep(0.5)
+
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()[-3000:]
+
+    def stop(self) -> None:
+        os.killpg(self._server.pid, 9)
+        self._server.wait()
+        self._run("pg_ctl", "-D", f"{self.store}/db", "-m", "immediate", "stop")
