@@ -42,9 +42,10 @@ demo: setup ## the main job on scikit-learn's digits, from images to a model tha
 test: setup ## the tests
 	OMP_NUM_THREADS=1 python -m pytest -n 2
 
-test-cluster: setup ## the tests on a real SLURM, sshd and MLflow server, which they start on this machine (as root)
-	@command -v slurmctld >/dev/null && command -v sshd >/dev/null && command -v pdsh >/dev/null || \
-		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh >/dev/null; }
+test-cluster: setup ## the tests on a real SLURM, sshd, Ray cluster, PostgreSQL and MLflow server, which they start (as root)
+	@command -v slurmctld >/dev/null && command -v sshd >/dev/null && command -v pdsh >/dev/null && \
+		command -v rsync >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh rsync postgresql >/dev/null; }
 	python -m pytest -m cluster
 
 test-gpu: setup ## the tests that need a CUDA device

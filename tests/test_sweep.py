@@ -165,11 +165,16 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
 
 
 def test_resources_that_can_never_be_met_are_refused_at_once(config):
-    with pytest.raises(InputError, match="asks for 64 CPUs, all of Ray has 2: set --cpus"):
-        preflight(dataclasses.replace(config, cpus=64), {"CPU": 2.0})
-    with pytest.raises(InputError, match="asks for 1 GPUs, all of Ray has 0"):
-        preflight(dataclasses.replace(config, gpus=1), {"CPU": 2.0})
-    preflight(dataclasses.replace(config, cpus=2, gpus=0.25), {"CPU": 2.0, "GPU": 1.0})
+    with pytest.raises(InputError, match="asks for 64 CPUs, no node of Ray has more than 2: set --cpus"):
+        preflight(dataclasses.replace(config, cpus=64), [{"CPU": 2.0}])
+    with pytest.raises(InputError, match="asks for 1 GPUs, no node of Ray has more than 0"):
+        preflight(dataclasses.replace(config, gpus=1), [{"CPU": 2.0}])
+    # Two nodes of two cores are no node of four.
+    with pytest.raises(InputError, match="asks for 4 CPUs"):
+        preflight(dataclasses.replace(config, cpus=4), [{"CPU": 2.0}, {"CPU": 2.0}])
+    with pytest.raises(InputError, match="no node of Ray has both 4 CPUs and 1 GPUs"):
+        preflight(dataclasses.replace(config, cpus=4, gpus=1), [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}])
+    preflight(dataclasses.replace(config, cpus=2, gpus=0.25), [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,7 +154,7 @@ def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder,
             parent=parent_run(run.path, config),
         )
         started = time.perf_counter()
-        trials = search(config, settings)
+        trials = search(config, settings, run)
         seconds = time.perf_counter() - started
         trained = sum(trial.metrics["train_seconds"] or 0 for trial in trials)
         run.log(f"{len(trials)} trials in {seconds:,.0f} s, {trained:,.0f} s of training in all")
@@ -236,16 +236,20 @@ def parent_run(folder: Path, config: SweepConfig) -> str | None:
     return Link.read(folder).run_id
 
 
-def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
+def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list[Trial]:
     """Run all trials on Ray."""
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    connect(config)
-    preflight(config, ray.cluster_resources())
-    check_nodes(settings)
+    where = connect(config)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    run.log(f"{where}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}, {cpus:g} CPUs, {gpus:g} GPUs")
+    preflight(config, [node["Resources"] for node in nodes])
+    if len(nodes) > 1:
+        check_shared(settings, nodes)
     storage = settings.folder / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
@@ -297,7 +301,8 @@ def search(config: SweepConfig, settings: TrialSettings) -> list[Trial]:
     return trials
 
 
-def connect(config: SweepConfig) -> None:
+def connect(config: SweepConfig) -> str:
+    """Join or start Ray; returns where it runs, in words."""
     import ray
 
     # Ray writes an authentication token below the home folder otherwise; its ports listen on loopback here.
@@ -305,49 +310,52 @@ def connect(config: SweepConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None and Path.home().joinpath("ray_bootstrap_config.yaml").is_file():
         address = "auto"  # submitted to the head of a cluster
+    where = f"the Ray cluster at {address}" if address else "Ray on this machine"
     try:
         ray.init(
             address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
             **({} if address else {"include_dashboard": False}),
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise InputError(f"{where} cannot be used ({str(error).strip().splitlines()[0]}): check --address") from error
+    return where
 
 
-def preflight(config: SweepConfig, resources: dict[str, float]) -> None:
-    """Refuse at once what would wait for ever."""
+def preflight(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse at once what would wait for ever: one of the `nodes`, given by their resources, has to hold a trial."""
+    if any(node.get("CPU", 0.0) >= config.cpus and node.get("GPU", 0.0) >= config.gpus for node in nodes):
+        return
     for name, key, asked in (("cpus", "CPU", config.cpus), ("gpus", "GPU", config.gpus)):
-        there = resources.get(key, 0.0)
-        if asked > there:
+        most = max((node.get(key, 0.0) for node in nodes), default=0.0)
+        if asked > most:
             raise InputError(
-                f"a trial asks for {asked:g} {key}s, all of Ray has {there:g}: set --{name} to no more, or add nodes"
+                f"a trial asks for {asked:g} {key}s, no node of Ray has more than {most:g}: set --{name} to no more"
             )
+    raise InputError(
+        f"no node of Ray has both {config.cpus:g} CPUs and {config.gpus:g} GPUs: set --cpus or --gpus lower"
+    )
 
 
-def check_nodes(settings: TrialSettings) -> None:
-    """Make sure that trials on other machines find the data, and that what they write comes together."""
+def check_shared(settings: TrialSettings, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that trials on all nodes find the data, and that what they write comes together."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2:
-        return
     if settings.uri.startswith("sqlite:") and not settings.tracking.offline:
         raise InputError(
-            f"{len(nodes)} machines cannot share the SQLite file {settings.uri.removeprefix('sqlite:///')}: start a "
+            f"{len(nodes)} nodes cannot share the SQLite file {settings.uri.removeprefix('sqlite:///')}: start a "
             "server (cluster/mlflow) and name it by --base.tracking.uri"
         )
-    present = ray.remote(num_cpus=0)(lambda paths: [path for path in paths if not Path(path).is_dir()])
     paths = [str(settings.data), str(settings.folder)]
+    missing = ray.remote(num_cpus=0)(lambda: [path for path in paths if not Path(path).is_dir()])
     answers = [
-        present.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths)
+        missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in nodes
     ]
-    for node, missing in zip(nodes, ray.get(answers)):
-        if missing:
+    for node, absent in zip(nodes, ray.get(answers)):
+        if absent:
             raise InputError(
-                f"{node['NodeManagerAddress']} does not see {missing[0]}: put --data and --folder where all nodes share it"
+                f"{node['NodeManagerAddress']} has no {absent[0]}: --data and --folder have to be shared by all nodes"
             )
 
 
