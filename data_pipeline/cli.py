@@ -31,6 +31,10 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # The reader, such as `head`, has had enough; nothing may be written when the interpreter ends, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Preempted:
         sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:

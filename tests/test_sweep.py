@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from data_pipeline.beton import Build
@@ -21,7 +23,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import Source
 from trainer.config import EncoderConfig, recipe
-from tuning.sweep import SweepConfig, preflight, sweep
+from tuning.nodes import check_shared, preflight
+from tuning.sweep import SweepConfig, sweep
 from tuning.trial import pseudo_name, pseudo_split, trial_scores
 
 QUIET = Console(quiet=True)
@@ -164,17 +167,35 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}, "a finished trial was trained again"
 
 
-def test_resources_that_can_never_be_met_are_refused_at_once(config):
+def test_resources_that_can_never_be_met_are_refused_at_once():
     with pytest.raises(InputError, match="asks for 64 CPUs, no node of Ray has more than 2: set --cpus"):
-        preflight(dataclasses.replace(config, cpus=64), [{"CPU": 2.0}])
+        preflight(64, 0, [{"CPU": 2.0}])
     with pytest.raises(InputError, match="asks for 1 GPUs, no node of Ray has more than 0"):
-        preflight(dataclasses.replace(config, gpus=1), [{"CPU": 2.0}])
+        preflight(1, 1, [{"CPU": 2.0}])
     # Two nodes of two cores are no node of four.
     with pytest.raises(InputError, match="asks for 4 CPUs"):
-        preflight(dataclasses.replace(config, cpus=4), [{"CPU": 2.0}, {"CPU": 2.0}])
+        preflight(4, 0, [{"CPU": 2.0}, {"CPU": 2.0}])
     with pytest.raises(InputError, match="no node of Ray has both 4 CPUs and 1 GPUs"):
-        preflight(dataclasses.replace(config, cpus=4, gpus=1), [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}])
-    preflight(dataclasses.replace(config, cpus=2, gpus=0.25), [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
+        preflight(4, 1, [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}])
+    preflight(2, 0.25, [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
+
+
+def test_other_nodes_have_to_see_the_folders_and_reach_the_store(tmp_path):
+    """Two nodes on this machine, of which the first is where the sweep runs."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        check_shared("sqlite:///mlruns.db", [tmp_path / "not there"], ray.nodes())  # alone, all is this machine's own
+        cluster.add_node(num_cpus=1)
+        check_shared("http://server", [tmp_path], ray.nodes())
+        with pytest.raises(InputError, match=r"has no .*not there: --data and --folder have to be shared"):
+            check_shared("http://server", [tmp_path, tmp_path / "not there"], ray.nodes())
+        with pytest.raises(InputError, match=r"SQLite file mlruns\.db: start a server"):
+            check_shared("sqlite:///mlruns.db", [tmp_path], ray.nodes())
+        check_shared(None, [tmp_path], ray.nodes())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.tune import Callback
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,26 +26,6 @@ class Trial:
     error: str | None = None
 
 
-class TrialLines(Callback):
-    """Prints a line for each trial that ends, so that a person sees the search get on."""
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._print(trials, trial, "no score" if not trial.last_result else _scores(trial.last_result))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._print(trials, trial, "failed")
-
-    def _print(self, trials: list[Any], trial: Any, outcome: str) -> None:
-        ended = sum(other.status in ("TERMINATED", "ERROR") for other in trials)
-        Console(soft_wrap=True, highlight=False).print(
-            f"trial {ended}: {trial.trial_id}  {outcome}  {_short(trial.config)}", markup=False
-        )
-
-
-def _scores(metrics: Mapping[str, Any]) -> str:
-    return f"AUROC {100 * metrics['auroc']:.2f} after {metrics['epoch']} epochs" if "auroc" in metrics else "no score"
-
-
 def table_of(trials: Sequence[Trial], title: str, most: int = 10) -> Table:
     """The best trials, and every failed one."""
     table = Table("trial", "score", "AUROC", "accuracy", "k", "epochs", "values", title=escape(title))
@@ -60,11 +38,11 @@ def table_of(trials: Sequence[Trial], title: str, most: int = 10) -> Table:
             f"{100 * trial.metrics['accuracy']:.2f}",
             f"{trial.metrics['k']:.0f}",
             f"{trial.metrics['epoch']:.0f}",
-            escape(_short(trial.values)),
+            escape(short(trial.values)),
         )
     for trial in trials:
         if trial.error:
-            table.add_row(trial.name, "failed", "", "", "", "", escape(_short(trial.values)))
+            table.add_row(trial.name, "failed", "", "", "", "", escape(short(trial.values)))
     return table
 
 
@@ -111,7 +89,9 @@ def draw(trials: Sequence[Trial], space: SearchSpace, folder: Path) -> dict[str,
     return dict(importance)
 
 
-def _short(values: Mapping[str, Any]) -> str:
+def short(values: Mapping[str, Any]) -> str:
+    """Drawn values in one line."""
+
     def text(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,8 @@ from trainer.evaluate import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
 from trainer.train import train
-from tuning.report import Trial, TrialLines, draw, table_of
+from tuning.nodes import check_shared, connect, nodes_with_cores, preflight
+from tuning.report import Trial, draw, table_of
 from tuning.space import DEFAULT_SPACE, SearchSpace
 from tuning.trial import TrialSettings, pseudo_name, run_trial
 
@@ -242,14 +242,15 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+    from tuning.progress import TrialLines
+
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    where = connect(config)
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    where = connect(config.address)
+    nodes = nodes_with_cores()
     cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    run.log(f"{where}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}, {cpus:g} CPUs, {gpus:g} GPUs")
-    preflight(config, [node["Resources"] for node in nodes])
-    if len(nodes) > 1:
-        check_shared(settings, nodes)
+    run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
+    preflight(config.cpus, config.gpus, [node["Resources"] for node in nodes])
+    check_shared(None if settings.tracking.offline else settings.uri, [settings.data, settings.folder], nodes)
     storage = settings.folder / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
@@ -299,64 +300,6 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
     ray.shutdown()
     close_trials(settings, trials)
     return trials
-
-
-def connect(config: SweepConfig) -> str:
-    """Join or start Ray; returns where it runs, in words."""
-    import ray
-
-    # Ray writes an authentication token below the home folder otherwise; its ports listen on loopback here.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address is None and Path.home().joinpath("ray_bootstrap_config.yaml").is_file():
-        address = "auto"  # submitted to the head of a cluster
-    where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-    try:
-        ray.init(
-            address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
-            **({} if address else {"include_dashboard": False}),
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"{where} cannot be used ({str(error).strip().splitlines()[0]}): check --address") from error
-    return where
-
-
-def preflight(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Refuse at once what would wait for ever: one of the `nodes`, given by their resources, has to hold a trial."""
-    if any(node.get("CPU", 0.0) >= config.cpus and node.get("GPU", 0.0) >= config.gpus for node in nodes):
-        return
-    for name, key, asked in (("cpus", "CPU", config.cpus), ("gpus", "GPU", config.gpus)):
-        most = max((node.get(key, 0.0) for node in nodes), default=0.0)
-        if asked > most:
-            raise InputError(
-                f"a trial asks for {asked:g} {key}s, no node of Ray has more than {most:g}: set --{name} to no more"
-            )
-    raise InputError(
-        f"no node of Ray has both {config.cpus:g} CPUs and {config.gpus:g} GPUs: set --cpus or --gpus lower"
-    )
-
-
-def check_shared(settings: TrialSettings, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that trials on all nodes find the data, and that what they write comes together."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if settings.uri.startswith("sqlite:") and not settings.tracking.offline:
-        raise InputError(
-            f"{len(nodes)} nodes cannot share the SQLite file {settings.uri.removeprefix('sqlite:///')}: start a "
-            "server (cluster/mlflow) and name it by --base.tracking.uri"
-        )
-    paths = [str(settings.data), str(settings.folder)]
-    missing = ray.remote(num_cpus=0)(lambda: [path for path in paths if not Path(path).is_dir()])
-    answers = [
-        missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-        for node in nodes
-    ]
-    for node, absent in zip(nodes, ray.get(answers)):
-        if absent:
-            raise InputError(
-                f"{node['NodeManagerAddress']} has no {absent[0]}: --data and --folder have to be shared by all nodes"
-            )
 
 
 def searcher(config: SweepConfig, settings: TrialSettings) -> Any:

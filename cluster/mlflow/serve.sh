@@ -3,7 +3,7 @@
 #
 #     pip install -c constraints.txt -e '.[server]'
 #     export GRADMIX_MLFLOW_STORE=postgresql://mlflow:PASSWORD@localhost/mlflow
-#     export MLFLOW_AUTH_ADMIN_PASSWORD=...          # 12 characters or more; for the first start only
+#     export MLFLOW_AUTH_ADMIN_PASSWORD=...          # of the user admin; for the first start only
 #     bash cluster/mlflow/serve.sh
 #
 # createdb.sql makes the database. Clients name the server by --tracking.uri http://HOST:PORT (the sweep:
@@ -18,6 +18,7 @@
 #     GRADMIX_MLFLOW_HOST        address to listen on; default 127.0.0.1, this machine alone. For a cluster its address
 #                                in the inner network. To the outside only behind a proxy that speaks TLS.
 #     GRADMIX_MLFLOW_PORT        default 5000
+#     GRADMIX_MLFLOW_WORKERS     processes that answer; default 2
 #     GRADMIX_MLFLOW_NAMES       further names or addresses that clients use, comma-separated
 set -euo pipefail
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
+
+from tests.cluster.ports import free_ports, wait_until_up
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "a-%long password"  # characters that have to be quoted in a URI
@@ -17,17 +16,12 @@ QUOTED = "a-%25long%20password"
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class TrackingServer:
     """A tracking server with passwords; its user is admin, with `PASSWORD`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._store_port, self._port = folder, free_port(), free_port()
+        self.folder = folder
+        self._store_port, self._port = free_ports(2)
         self.uri = f"http://127.0.0.1:{self._port}"
         self.store = folder / "postgres"
         self.store.mkdir()
@@ -68,17 +62,7 @@ class TrackingServer:
                 ["bash", str(ROOT / "cluster" / "mlflow" / "serve.sh")], env=environment, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        end = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            except OSError:
-                assert time.monotonic() < end and self._server.poll() is None, self.log()
-                time.sleep(0.5)
-
-    def log(self) -> str:
-        return (self.folder / "server.log").read_text()[-3000:]
+        wait_until_up(self.uri, self._server)
 
     def stop(self) -> None:
         os.killpg(self._server.pid, 9)

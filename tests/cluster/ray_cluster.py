@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -20,9 +21,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "home"
-        (self.home / "gradmix-osr").mkdir(parents=True)
-        # What `make setup` would install is there already; its stamp says so.
-        (self.home / "gradmix-osr" / ".venv").symlink_to(Path(sys.executable).parents[1])
+        self._make_environment(self.home / "gradmix-osr")
         for key in ("host", "user"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
         settings = folder / "sshd_config"
@@ -41,6 +40,18 @@ class Machine:
         while socket.socket().connect_ex((HEAD, 22)):
             assert time.monotonic() < end and self._sshd.poll() is None, "sshd did not start"
             time.sleep(0.2)
+
+    def _make_environment(self, checkout: Path) -> None:
+        """What `make setup` would install: the packages of this environment, and the code of the copied checkout."""
+        environment = checkout / ".venv"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+        (site,) = environment.glob("lib/python*/site-packages")
+        (site / "packages.pth").write_text(f"{checkout}\n{sysconfig.get_path('purelib')}\n")
+        program = environment / "bin" / "ray"
+        program.write_text(f'#!/bin/sh\nexec {environment}/bin/python -m ray.scripts.scripts "$@"\n')
+        program.chmod(0o755)
+        # Newer than the files that are copied: there is nothing left for make to do.
+        (environment / ".setup-done").touch()
 
     def stop(self) -> None:
         self._sshd.kill()

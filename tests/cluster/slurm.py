@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.cluster.ports import free_ports
+
 _CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -47,7 +49,7 @@ class Slurm:
         self.folder = folder
         for name in ("state", "spool-n1", "spool-n2"):
             (folder / name).mkdir(parents=True)
-        ports = _free_ports(3)
+        ports = free_ports(3)
         config = folder / "slurm.conf"
         config.write_text(
             _CONFIG.format(host=socket.gethostname(), folder=folder, port=ports[0], port_1=ports[1], port_2=ports[2])
@@ -92,13 +94,3 @@ class Slurm:
         return subprocess.Popen(
             [path, *command[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -111,9 +111,9 @@ def test_a_killed_driver_goes_on_and_a_killed_trial_is_tried_again(machine, clus
         return [len(path.read_text().splitlines()) for path in files]
 
     wait(lambda: sum(reports()) >= 3, "report of the first trial")
-    machine.run("pkill -9 -f '^ray::ImplicitFunc'")
+    assert "killed" in machine.run("pkill -9 -e -f '^ray::ImplicitFunc'")
     wait(lambda: reports().count(12) >= 1 and len(reports()) >= 2 and reports()[-1] >= 2, "second trial")
-    machine.run("pkill -9 -f '[s]weep.py --protocol'")
+    assert "killed" in machine.run("pkill -9 -e -f '[s]weep.py --protocol'")
     assert driver.wait(60) != 0
     finished = {
         path.parent.name: path.read_text()
@@ -141,6 +141,13 @@ def test_cluster_files_fit_rays_schema(name):
     jsonschema.validate(config, schema)
     for source in config["file_mounts"].values():
         assert (ROOT / source / "setup.py").is_file()
+
+
+def test_no_cluster_file_has_ray_make_a_security_group():
+    """The group that Ray makes lets in ssh from anywhere, whatever rules it is given."""
+    config = yaml.safe_load((ROOT / "cluster" / "ray" / "aws.yaml").read_text())
+    assert "security_group" not in config["provider"]
+    assert all("SecurityGroupIds" in kind["node_config"] for kind in config["available_node_types"].values())
 
 
 def test_the_kubernetes_file_opens_nothing_and_matches_the_pinned_ray():
