@@ -180,6 +180,15 @@ def test_resources_that_can_never_be_met_are_refused_at_once():
     preflight(2, 0.25, [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
 
 
+def test_what_was_refused_before_its_first_trial_is_asked_again_without_more_ado(config):
+    with pytest.raises(InputError, match="asks for 64 CPUs"):
+        sweep(dataclasses.replace(config, cpus=64.0), QUIET)
+    result = sweep(dataclasses.replace(config, num_samples=1, epochs=1, final_epochs=0), QUIET)
+    assert [trial["metrics"]["epoch"] for trial in result["trials"]] == [1]
+    with pytest.raises(InputError, match="holds a sweep: add --resume"):
+        sweep(config, QUIET)
+
+
 def test_other_nodes_have_to_see_the_folders_and_reach_the_store(tmp_path):
     """Two nodes on this machine, of which the first is where the sweep runs."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
 
 
-def connect(address: str | None) -> str:
-    """Join the Ray at `address`, or the cluster this machine heads, or start one here; returns which, in words."""
+@contextmanager
+def connected(address: str | None) -> Iterator[str]:
+    """Ray at `address`, or of the cluster this machine heads, or started here for the block; yields which, in words."""
     import ray
 
     # Ray writes an authentication token below the home folder otherwise; its ports listen on loopback here.
@@ -22,13 +24,17 @@ def connect(address: str | None) -> str:
         address = "auto"  # submitted to the head of a cluster
     where = f"the Ray cluster at {address}" if address else "Ray on this machine"
     try:
+        # "local": without an address Ray would join whatever another user or job has started on this machine.
         ray.init(
-            address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
             **({} if address else {"include_dashboard": False}),
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"{where} cannot be used ({str(error).strip().splitlines()[0]}): check --address") from error
-    return where
+    try:
+        yield where
+    finally:
+        ray.shutdown()
 
 
 def nodes_with_cores() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -34,10 +34,13 @@ from trainer.evaluate import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
 from trainer.train import train
-from tuning.nodes import check_shared, connect, nodes_with_cores, preflight
+from tuning.nodes import check_shared, connected, nodes_with_cores, preflight
 from tuning.report import Trial, draw, table_of
 from tuning.space import DEFAULT_SPACE, SearchSpace
 from tuning.trial import TrialSettings, pseudo_name, run_trial
+
+if TYPE_CHECKING:  # imported where a search starts: --help and wrong input need not wait for it
+    from ray.tune import Tuner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +208,8 @@ def begin(config: SweepConfig, space: SearchSpace, run: RunFolder) -> None:
     record = {"protocol": config.protocol, "split": config.split, "seeds": list(config.seeds), "epochs": config.epochs}
     record |= {"base": config.trial_config.identity, "space": {n: repr(d) for n, d in space.distributions.items()}}
     earlier = run.config()
-    if config.restart:
+    if config.restart or (earlier is not None and not (run.path / "tune" / "search").is_dir()):
+        # What was refused before its first trial, for want of cores say, is no sweep to go on with.
         for name in ("trials", "tune", "plots"):
             shutil.rmtree(run.path / name, ignore_errors=True)
         for name in ("journal.jsonl", "mlflow.json", "result.json"):
@@ -238,53 +242,14 @@ def parent_run(folder: Path, config: SweepConfig) -> str | None:
 
 def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list[Trial]:
     """Run all trials on Ray."""
-    import ray
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    from tuning.progress import TrialLines
-
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    where = connect(config.address)
-    nodes = nodes_with_cores()
-    cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
-    preflight(config.cpus, config.gpus, [node["Resources"] for node in nodes])
-    check_shared(None if settings.tracking.offline else settings.uri, [settings.data, settings.folder], nodes)
-    storage = settings.folder / "tune"
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
-    )
-    if config.resume and (storage / "search").is_dir():
-        tuner = tune.Tuner.restore(
-            str(storage / "search"), trainable=trainable, resume_unfinished=True, restart_errored=True
-        )
-    else:
-        scheduler = FIFOScheduler()
-        if config.early_stopping:
-            scheduler = ASHAScheduler(
-                time_attr="epoch", metric="score", mode="max", max_t=config.epochs, grace_period=config.report_every
-            )
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher(config, settings),
-                scheduler=scheduler,
-                num_samples=config.num_samples,
-                time_budget_s=config.time_budget and 60 * config.time_budget,
-                max_concurrent_trials=config.max_concurrent,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-                reuse_actors=True,  # imports take longer than a short trial
-            ),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=str(storage),
-                failure_config=tune.FailureConfig(max_failures=config.retries),
-                callbacks=[TrialLines()],
-                verbose=0,
-            ),
-        )
-    results = tuner.fit()
+    with connected(config.address) as where:
+        nodes = nodes_with_cores()
+        cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+        run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
+        preflight(config.cpus, config.gpus, [node["Resources"] for node in nodes])
+        check_shared(None if settings.tracking.offline else settings.uri, [settings.data, settings.folder], nodes)
+        results = make_tuner(config, settings).fit()
     trials = [
         Trial(
             name=result.metrics.get("trial_id", Path(result.path).name) if result.metrics else Path(result.path).name,
@@ -297,9 +262,49 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
         )
         for result in results
     ]
-    ray.shutdown()
     close_trials(settings, trials)
     return trials
+
+
+def make_tuner(config: SweepConfig, settings: TrialSettings) -> Tuner:
+    """The search as Ray Tune runs it; with --resume the one that the sweep folder holds."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    from tuning.progress import TrialLines
+
+    storage = settings.folder / "tune"
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
+    )
+    if config.resume and (storage / "search").is_dir():
+        return tune.Tuner.restore(
+            str(storage / "search"), trainable=trainable, resume_unfinished=True, restart_errored=True
+        )
+    scheduler = FIFOScheduler()
+    if config.early_stopping:
+        scheduler = ASHAScheduler(
+            time_attr="epoch", metric="score", mode="max", max_t=config.epochs, grace_period=config.report_every
+        )
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher(config, settings),
+            scheduler=scheduler,
+            num_samples=config.num_samples,
+            time_budget_s=config.time_budget and 60 * config.time_budget,
+            max_concurrent_trials=config.max_concurrent,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            reuse_actors=True,  # imports take longer than a short trial
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=str(storage),
+            failure_config=tune.FailureConfig(max_failures=config.retries),
+            callbacks=[TrialLines()],
+            verbose=0,
+        ),
+    )
 
 
 def searcher(config: SweepConfig, settings: TrialSettings) -> Any:

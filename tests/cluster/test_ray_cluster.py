@@ -83,6 +83,7 @@ def test_a_sweep_is_submitted_and_its_winner_registered(machine, cluster, tracki
     result = json.loads((tmp_path / "sweep" / "result.json").read_text())
     assert len(result["trials"]) == 2 and not any(trial["error"] for trial in result["trials"])
     assert result["final"]["alias"] == "champion" and "the Ray cluster at auto: 1 node, 2 CPUs" in output
+    assert "trial 1: " in output and "trial 2: " in output
     runs = nested_runs(tracking, tmp_path)
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     client = MlflowClient(tracking.uri)
