@@ -83,6 +83,9 @@ class NullRunFolder:
     path: Path
     console: None = None
 
+    def close(self) -> None:
+        pass
+
     def metrics(self) -> dict[str, Any] | None:
         return _read(self.path / "metrics.json")
 

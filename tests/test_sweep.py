@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from mlflow.tracking import MlflowClient
@@ -22,7 +22,7 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import Source
-from trainer.config import EncoderConfig, recipe
+from trainer.config import EncoderConfig, OptimizerConfig, recipe
 from tuning.nodes import check_shared, preflight
 from tuning.sweep import SweepConfig, sweep
 from tuning.trial import pseudo_name, pseudo_split, trial_scores
@@ -154,10 +154,11 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
     while len(finished()) < 2:
         assert time.monotonic() < end and first.poll() is None, first.stdout.read().decode()
         time.sleep(0.3)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    subprocess.run(["pkill", "-9", "-f", "killed/trials|raylet|gcs_server"], check=False)
-    time.sleep(2)
+    everything = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+    for process in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(everything, timeout=30)
     before = {path: path.stat().st_mtime_ns for name in finished() for path in (trials / name).rglob("step-*")}
     assert len(before) >= 2
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200)
@@ -169,15 +170,43 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
 
 def test_resources_that_can_never_be_met_are_refused_at_once():
     with pytest.raises(InputError, match="asks for 64 CPUs, no node of Ray has more than 2: set --cpus"):
-        preflight(64, 0, [{"CPU": 2.0}])
+        preflight(1, 64, 0, [{"CPU": 2.0}])
     with pytest.raises(InputError, match="asks for 1 GPUs, no node of Ray has more than 0"):
-        preflight(1, 1, [{"CPU": 2.0}])
+        preflight(1, 1, 1, [{"CPU": 2.0}])
     # Two nodes of two cores are no node of four.
     with pytest.raises(InputError, match="asks for 4 CPUs"):
-        preflight(4, 0, [{"CPU": 2.0}, {"CPU": 2.0}])
+        preflight(1, 4, 0, [{"CPU": 2.0}, {"CPU": 2.0}])
     with pytest.raises(InputError, match="no node of Ray has both 4 CPUs and 1 GPUs"):
-        preflight(4, 1, [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}])
-    preflight(2, 0.25, [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}])
+        preflight(1, 4, 1, [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}])
+    with pytest.raises(InputError, match="has 4 processes, Ray has room for 3: set --ranks"):
+        preflight(4, 1, 0, [{"CPU": 1.0}, {"CPU": 2.0}])
+    assert preflight(1, 2, 0.25, [{"CPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]) == 1
+    assert preflight(1, 0.1, 0.25, [{"CPU": 2.0, "GPU": 1.0}]) == 4
+    # The processes of a trial may lie on several nodes.
+    assert preflight(2, 1, 0, [{"CPU": 3.0}, {"CPU": 2.0}]) == 2
+
+
+def test_trials_of_two_ranks_score_what_those_of_one_do(config):
+    """And those that are stopped early leave their place to the next."""
+    offline = dataclasses.replace(config.base.tracking, offline=True)
+    # Adam's first steps have the size of its learning rate whatever the gradient, and so make rounding large.
+    sgd = OptimizerConfig(name="sgd", learning_rate=0.05)
+    base = dataclasses.replace(config.base, batch_size=96, optimizer=sgd, tracking=offline)
+    config = dataclasses.replace(config, base=base, final_epochs=0, cpus=0.9, max_concurrent=1)
+    one, two = (
+        sweep(dataclasses.replace(config, ranks=ranks, folder=config.path.parent / f"ranks{ranks}"), QUIET)["trials"]
+        for ranks in (1, 2)
+    )
+    assert len(one) == len(two) == 2
+    for alone, together in zip(one, two):
+        assert not together["error"] and together["values"] == alone["values"]
+        assert together["metrics"]["epoch"] == alone["metrics"]["epoch"]
+        assert together["score"] == pytest.approx(alone["score"], abs=2e-3)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_before_the_search(config):
+    with pytest.raises(InputError, match="a batch of 115 cannot be split evenly over 2 parts"):
+        dataclasses.replace(config, ranks=2)
 
 
 def test_what_was_refused_before_its_first_trial_is_asked_again_without_more_ado(config):

@@ -13,8 +13,12 @@ from data_pipeline.errors import InputError
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[str]:
-    """Ray at `address`, or of the cluster this machine heads, or started here for the block; yields which, in words."""
+def connected(address: str | None, *, dashboard: bool = False) -> Iterator[str]:
+    """Ray at `address`, or of the cluster this machine heads, or started here for the block; yields which, in words.
+
+    Args:
+        dashboard: whether one that is started here gets the dashboard's agents, on loopback.
+    """
     import ray
 
     # Ray writes an authentication token below the home folder otherwise; its ports listen on loopback here.
@@ -27,7 +31,7 @@ def connected(address: str | None) -> Iterator[str]:
         # "local": without an address Ray would join whatever another user or job has started on this machine.
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
-            **({} if address else {"include_dashboard": False}),
+            **({} if address else {"include_dashboard": dashboard}),
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"{where} cannot be used ({str(error).strip().splitlines()[0]}): check --address") from error
@@ -44,16 +48,31 @@ def nodes_with_cores() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def preflight(cpus: float, gpus: float, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise `InputError` unless one of `nodes`, given by their resources, holds a trial of `cpus` and `gpus`."""
-    if any(node.get("CPU", 0.0) >= cpus and node.get("GPU", 0.0) >= gpus for node in nodes):
-        return
-    for name, key, asked in (("cpus", "CPU", cpus), ("gpus", "GPU", gpus)):
-        most = max((node.get(key, 0.0) for node in nodes), default=0.0)
-        if asked > most:
+def preflight(ranks: int, cpus: float, gpus: float, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials of `ranks` processes, each with `cpus` and `gpus`, the `nodes` hold at once.
+
+    Args:
+        nodes: the resources of each. A process runs on one of them, a trial's processes on any.
+
+    Raises:
+        InputError: not one trial, ever.
+    """
+    asked = {"CPU": cpus, "GPU": gpus}
+    held = [
+        min(int(node.get(kind, 0.0) / amount + 1e-6) for kind, amount in asked.items() if amount > 0) for node in nodes
+    ]
+    if sum(held) >= ranks:
+        return sum(held) // ranks
+    remedy = "or wait until all nodes have joined (`ray status` on the head)"
+    if sum(held):
+        room = f"Ray has room for {sum(held)}"
+        raise InputError(f"a trial has {ranks} processes, {room}: set --ranks to no more, {remedy}")
+    for kind, amount in asked.items():
+        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        if amount > most:
             raise InputError(
-                f"a trial asks for {asked:g} {key}s, no node of Ray has more than {most:g}: set --{name} to no more, "
-                "or wait until all nodes have joined (`ray status` on the head)"
+                f"a process of a trial asks for {amount:g} {kind}s, no node of Ray has more than {most:g}: "
+                f"set --{kind.lower()}s to no more, {remedy}"
             )
     raise InputError(f"no node of Ray has both {cpus:g} CPUs and {gpus:g} GPUs: set --cpus or --gpus lower")
 

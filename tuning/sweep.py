@@ -30,6 +30,7 @@ from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
+from trainer.engine import micro_batch_size
 from trainer.evaluate import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
@@ -37,7 +38,7 @@ from trainer.train import train
 from tuning.nodes import check_shared, connected, nodes_with_cores, preflight
 from tuning.report import Trial, draw, table_of
 from tuning.space import DEFAULT_SPACE, SearchSpace
-from tuning.trial import TrialSettings, pseudo_name, run_trial
+from tuning.trial import COORDINATOR, TrialSettings, pseudo_name, run_trial, run_trial_on_ranks
 
 if TYPE_CHECKING:  # imported where a search starts: --help and wrong input need not wait for it
     from ray.tune import Tuner
@@ -72,12 +73,14 @@ class SweepConfig:
     warm_start: tuple[str, ...] = ()
     """MLflow run ids of earlier sweeps of the same split and space, whose trials the search starts from."""
 
+    ranks: int = 1
+    """Processes of a trial, 1 or more; to train with several GPUs, on one node or many, one for each."""
     cpus: float = 1.0
-    """CPU cores of a trial, may be a fraction."""
+    """CPU cores of each process, may be a fraction."""
     gpus: float = 0.0
-    """GPUs of a trial, may be a fraction: 0.25 lets four trials share one."""
+    """GPUs of each process; a fraction for trials of one: 0.25 lets four trials share a GPU."""
     max_concurrent: int | None = None
-    """Trials at the same time, 1 or more. Default: as many as the resources hold."""
+    """Trials at the same time, 1 or more. Default: as many as the nodes hold."""
     retries: int = 1
     """How often a failed trial is tried again, going on from its checkpoint; 0 or more."""
     address: str | None = None
@@ -101,13 +104,17 @@ class SweepConfig:
     """What the drawn values are put into; its names, data and epochs are set by the options above."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("epochs", 1), ("report_every", 1), ("retries", 0), ("split", 0)):
+        least_values = {"num_samples": 1, "epochs": 1, "report_every": 1, "ranks": 1, "retries": 0, "split": 0}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; set it to {least} or more")
         if not self.seeds or min(self.seeds) < 0:
             raise InputError(f"seeds is {self.seeds}; name one or more, each 0 or more")
         if self.cpus < 0 or self.gpus < 0 or self.cpus + self.gpus == 0:
             raise InputError(f"cpus is {self.cpus} and gpus {self.gpus}; give a trial something to run on")
+        if self.ranks > 1 and (self.cpus <= COORDINATOR or self.gpus % 1):
+            raise InputError(f"each of {self.ranks} processes needs CPU cores and whole GPUs: set --cpus and --gpus so")
+        micro_batch_size(self.base.batch_size, self.ranks, accumulation=1)
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise InputError(f"max-concurrent is {self.max_concurrent}; set it to 1 or more")
         if self.time_budget is not None and self.time_budget <= 0:
@@ -155,6 +162,9 @@ def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder,
             tracking=config.base.tracking,
             uri=absolute(uri),
             parent=parent_run(run.path, config),
+            ranks=config.ranks,
+            cpus=config.cpus,
+            gpus=config.gpus,
         )
         started = time.perf_counter()
         trials = search(config, settings, run)
@@ -243,13 +253,14 @@ def parent_run(folder: Path, config: SweepConfig) -> str | None:
 def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list[Trial]:
     """Run all trials on Ray."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    with connected(config.address) as where:
+    # Trials of several processes that are stopped early free their resources through the dashboard's agents.
+    with connected(config.address, dashboard=config.ranks > 1) as where:
         nodes = nodes_with_cores()
         cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
         run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
-        preflight(config.cpus, config.gpus, [node["Resources"] for node in nodes])
+        at_once = preflight(config.ranks, config.cpus, config.gpus, [node["Resources"] for node in nodes])
         check_shared(None if settings.tracking.offline else settings.uri, [settings.data, settings.folder], nodes)
-        results = make_tuner(config, settings).fit()
+        results = make_tuner(config, settings, at_once).fit()
     trials = [
         Trial(
             name=result.metrics.get("trial_id", Path(result.path).name) if result.metrics else Path(result.path).name,
@@ -266,17 +277,19 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
     return trials
 
 
-def make_tuner(config: SweepConfig, settings: TrialSettings) -> Tuner:
-    """The search as Ray Tune runs it; with --resume the one that the sweep folder holds."""
+def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int) -> Tuner:
+    """The search as Ray Tune runs it where `at_once` trials have room; with --resume the one in the sweep folder."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     from tuning.progress import TrialLines
 
     storage = settings.folder / "tune"
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), {"cpu": config.cpus, "gpu": config.gpus}
-    )
+    if config.ranks == 1:
+        function, resources = run_trial, {"cpu": config.cpus, "gpu": config.gpus}
+    else:
+        function, resources = run_trial_on_ranks, {"cpu": COORDINATOR}
+    trainable = tune.with_resources(tune.with_parameters(function, settings=settings), resources)
     if config.resume and (storage / "search").is_dir():
         return tune.Tuner.restore(
             str(storage / "search"), trainable=trainable, resume_unfinished=True, restart_errored=True
@@ -293,9 +306,10 @@ def make_tuner(config: SweepConfig, settings: TrialSettings) -> Tuner:
             scheduler=scheduler,
             num_samples=config.num_samples,
             time_budget_s=config.time_budget and 60 * config.time_budget,
-            max_concurrent_trials=config.max_concurrent,
+            # Ray Tune sees the function that waits for a trial's processes, not how much they ask for.
+            max_concurrent_trials=config.max_concurrent or (at_once if config.ranks > 1 else None),
             trial_dirname_creator=lambda trial: trial.trial_id,
-            reuse_actors=True,  # imports take longer than a short trial
+            reuse_actors=config.ranks == 1,  # imports take longer than a short trial
         ),
         run_config=tune.RunConfig(
             name="search",

@@ -10,18 +10,19 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.beton import find_build
 from data_pipeline.loader import Partitions
-from data_pipeline.run_folder import RunFolder, source_commit
+from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from trainer.config import TrackingConfig, TrainConfig
+from trainer.distributed import from_first_rank, rank
 from trainer.engine import join_ranks
 from trainer.evaluate import build_model, evaluate_open_set
-from trainer.tracking import JournalTracker, NullTracker
+from trainer.tracking import JournalTracker, NullTracker, Tracker
 from trainer.train import Trainer, portable_encoder, run_identity, training_epochs
 from tuning.space import SearchSpace
 
@@ -44,38 +45,77 @@ class TrialSettings:
     uri: str
     parent: str | None
     """MLflow run of the sweep."""
+    ranks: int
+    """Processes of a trial."""
+    cpus: float
+    """CPU cores of each."""
+    gpus: float
+    """GPUs of each."""
 
 
 def pseudo_name(protocol: str, seed: int) -> str:
     return f"{protocol}-pseudo{seed}"
 
 
+# CPU cores of the function that waits for a trial's ranks; each of them asks for so much less.
+COORDINATOR = 0.01
+
+
 def run_trial(values: dict[str, Any], settings: TrialSettings) -> None:
-    """Train with the drawn `values`, reporting to Ray Tune and MLflow."""
+    """Ray Tune's function for a trial of one process."""
     from ray import tune
 
+    train_trial(values, settings, tune.get_context().get_trial_id(), tune.report)
+
+
+def run_trial_on_ranks(values: dict[str, Any], settings: TrialSettings) -> None:
+    """The same for a trial of several processes, on one node or many, which Ray Train starts."""
+    from ray import train, tune
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    trial = tune.get_context().get_trial_id()
+    TorchTrainer(
+        lambda: train_trial(values, settings, trial, train.report),
+        scaling_config=train.ScalingConfig(
+            num_workers=settings.ranks,
+            use_gpu=settings.gpus > 0,
+            resources_per_worker={"CPU": settings.cpus - COORDINATOR, "GPU": settings.gpus},
+        ),
+        run_config=train.RunConfig(
+            name=trial, storage_path=str(settings.folder / "tune" / "ranks"), callbacks=[TuneReportCallback()]
+        ),
+    ).fit()
+
+
+def train_trial(
+    values: dict[str, Any], settings: TrialSettings, trial: str, report: Callable[[dict[str, Any]], None]
+) -> None:
+    """Train with the drawn `values`, reporting to Ray from every rank and to MLflow from the first."""
     os.environ.setdefault("MLFLOW_TRACKING_URI", settings.uri)
-    folder = settings.folder / "trials" / tune.get_context().get_trial_id()
     config = settings.space.apply(settings.base, values)
     splits = [
         pseudo_split(settings.data, pseudo_name(config.protocol, seed), config.split, config.workers)
         for seed in settings.seeds
     ]
-    record = {"config": {**config.to_dict(), "search": values}, "split_hash": splits[0].build.manifest.split_hash}
-    RunFolder(folder).write_config({**record, "commit": source_commit()})
-    tracker = JournalTracker(
-        folder,
-        uri=settings.uri,
-        experiment=settings.tracking.experiment,
-        offline=settings.tracking.offline,
-        parent=settings.parent,
-    )
+    folder = settings.folder / "trials" / trial
+    tracker: Tracker = NullTracker()
+    if rank() == 0:
+        record = {"config": {**config.to_dict(), "search": values}, "split_hash": splits[0].build.manifest.split_hash}
+        RunFolder(folder).write_config({**record, "commit": source_commit()})
+        tracker = JournalTracker(
+            folder,
+            uri=settings.uri,
+            experiment=settings.tracking.experiment,
+            offline=settings.tracking.offline,
+            parent=settings.parent,
+        )
     try:
         for epoch, scores in trial_scores(config, splits, folder, settings.report_every):
             tracker.log({f"pseudo/{name}": value for name, value in scores.items()}, epoch)
-            tune.report({"epoch": epoch, **scores})
+            report({"epoch": epoch, **scores})
     except BaseException as error:
-        # The scheduler stops a trial by SystemExit out of tune.report: nothing is wrong with it.
+        # The scheduler stops a trial by SystemExit out of the report: nothing is wrong with it.
         tracker.close("FINISHED" if isinstance(error, SystemExit) else "FAILED")
         raise
     tracker.close("FINISHED")
@@ -105,7 +145,8 @@ def trial_scores(
             )
             trainers.append(Trainer(own, partitions))
             # A folder of its own: a trial that is tried again goes on from its checkpoint.
-            run = folders.enter_context(contextlib.closing(RunFolder(own.folder)))
+            run = RunFolder(own.folder) if rank() == 0 else NullRunFolder(own.folder)
+            folders.callback(run.close)
             identity = run_identity(own, build, partitions.device)
             runs.append(training_epochs(trainers[-1], run, NullTracker(), identity))
         done, seconds = [0] * len(runs), [0.0] * len(runs)
@@ -114,7 +155,8 @@ def trial_scores(
                 while done[place] < target:
                     done[place], seconds[place] = next(epochs)
             if min(done) == target:  # else an earlier attempt has reported it
-                yield target, {**mean_scores(trainers), "train_seconds": sum(seconds)}
+                scores = from_first_rank(lambda: mean_scores(trainers))
+                yield target, {**scores, "train_seconds": sum(seconds)}
 
 
 def mean_scores(trainers: list[Trainer]) -> dict[str, float]:
