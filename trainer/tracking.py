@@ -18,7 +18,7 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,13 +199,13 @@ class JournalTracker:
                 return
         Link.read(self._run_dir).replaced(status=status).save(self._run_dir)
         if self._thread is not None:
-            _try(lambda: deliver(self._run_dir))
+            went_through(lambda: deliver(self._run_dir))
 
     def _deliver(self) -> None:
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not _try(lambda: deliver(self._run_dir)) and not self._stop.wait(_RETRY_SECONDS):
+            if not went_through(lambda: deliver(self._run_dir)) and not self._stop.wait(_RETRY_SECONDS):
                 self._wake.set()
 
 
@@ -237,6 +237,16 @@ def deliver(run_dir: Path) -> int:
     if link.status != "RUNNING":
         client.set_terminated(link.run_id, link.status)
     return len(lines)
+
+
+def went_through(action: Callable[[], Any]) -> bool:
+    """Whether `action`, which talks to MLflow, did so. MLflow raises anything, from its own to its HTTP library's and SQL
+    errors."""
+    try:
+        action()
+    except Exception:
+        return False
+    return True
 
 
 def discard_journal(run_dir: Path) -> None:
@@ -297,15 +307,6 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = str(value)
     return flat
-
-
-def _try(action: Any) -> bool:
-    """Whether `action` went through. MLflow raises anything from its own to its HTTP library's and SQL errors."""
-    try:
-        action()
-    except Exception:
-        return False
-    return True
 
 
 app = tyro.extras.SubcommandApp()

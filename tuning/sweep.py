@@ -33,7 +33,15 @@ from trainer.config import TrainConfig, recipe
 from trainer.engine import micro_batch_size
 from trainer.evaluate import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
-from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
+from trainer.tracking import (
+    JournalTracker,
+    Link,
+    check_store,
+    deliver,
+    resolve_uri,
+    went_through,
+    without_password,
+)
 from trainer.train import train
 from tuning.nodes import check_shared, connected, nodes_with_cores, preflight
 from tuning.report import Trial, draw, table_of
@@ -173,9 +181,15 @@ def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder,
         run.log(f"{len(trials)} trials in {seconds:,.0f} s, {trained:,.0f} s of training in all")
         tracker.log({"search_seconds": seconds, "train_seconds": trained}, 0)
         result = conclude(config, space, trials, run, tracker)
+        handed_over = config.base.tracking.offline or went_through(lambda: hand_over(run.path, trials))
         if config.final_epochs != 0:
             result["final"] = train_winner(config, space, result, settings, console)
             write_json(run.path / "result.json", result)
+        if not handed_over and not went_through(lambda: hand_over(run.path, trials)):
+            raise InputError(
+                f"the sweep is complete in {run.path}, but {without_password(uri)} has not taken all records of it: "
+                "when it does again, add --resume to the same command"
+            )
     except BaseException as error:
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -370,8 +384,6 @@ def close_trials(settings: TrialSettings, trials: Sequence[Trial]) -> None:
             link = Link.read(folder)
             if link.status == "RUNNING":
                 link.replaced(status="FAILED" if trial.error else "FINISHED").save(folder)
-            if not settings.tracking.offline:
-                deliver(folder)
 
 
 def conclude(
@@ -396,8 +408,6 @@ def conclude(
     tracker.log(
         {"best_score": best.score, "trials": len(trials), "failed": sum(t.error is not None for t in trials)}, 0
     )
-    if not config.base.tracking.offline:
-        log_artifacts(run.path)
     if run.console is not None:
         title = f"{config.protocol}, split {config.split}: {len(trials)} trials on pseudo-unknown classes"
         run.console.print(table_of(trials, title))
@@ -406,9 +416,13 @@ def conclude(
     return result
 
 
-def log_artifacts(folder: Path) -> None:
+def hand_over(folder: Path, trials: Sequence[Trial]) -> None:
+    """Bring MLflow up to date with the trials, and give it the table and the pictures."""
     from mlflow.tracking import MlflowClient
 
+    for trial in trials:
+        if (folder / "trials" / trial.name / "mlflow.json").is_file():
+            deliver(folder / "trials" / trial.name)
     link = Link.read(folder)
     client = MlflowClient(link.uri)
     client.log_artifact(link.run_id, str(folder / "result.json"))

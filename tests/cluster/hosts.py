@@ -6,10 +6,13 @@ process numbers, host name, /dev/shm and the scratch folder `SCRATCH` are each h
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +49,8 @@ LogLevel ERROR
 class Hosts:
     """n1 and n2. Everything that runs on them ends with them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sshd: str = "") -> None:
+        """`sshd` are further lines of its configuration."""
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir()
         (folder / "ssh").mkdir()
@@ -55,7 +59,7 @@ class Hosts:
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in ADDRESSES.items())]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
         (folder / "ssh" / "test.conf").write_text(_SSH.format(folder=folder))
-        (folder / "sshd_config").write_text(_SSHD.format(folder=folder))
+        (folder / "sshd_config").write_text(_SSHD.format(folder=folder) + sshd)
         Path("/run/sshd").mkdir(exist_ok=True)
         self._namespaces = {name: self._make(name) for name in ADDRESSES}
         self._inits = {name: self._init_of(name) for name in ADDRESSES}
@@ -93,6 +97,22 @@ class Hosts:
         lines = self.run(name, "cat", "/proc/net/dev").stdout.splitlines()
         return int(next(line for line in lines if "wire:" in line).split(":")[1].split()[8])
 
+    @contextmanager
+    def network_of(self, name: str) -> Iterator[None]:
+        """This thread, and what it starts, sees the network of the host."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/thread-self/ns/net") as own, open(f"/proc/{self._inits[name]}/ns/net") as other:
+            assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                libc.setns(own.fileno(), 0)
+
+    def end(self, name: str) -> None:
+        """Pull the plug of the host."""
+        self._namespaces[name].kill()
+        self._namespaces[name].wait()
+
     def cut(self) -> None:
         """Pull the cable: nobody is told, packets just stop to arrive."""
         _run("nsenter", "-t", self._inits["n2"], "--net", "ip", "link", "set", "down", "dev", "wire")
@@ -101,9 +121,8 @@ class Hosts:
         _run("nsenter", "-t", self._inits["n2"], "--net", "ip", "link", "set", "up", "dev", "wire")
 
     def stop(self) -> None:
-        for namespace in self._namespaces.values():
-            namespace.kill()
-            namespace.wait()
+        for name in self._namespaces:
+            self.end(name)
 
     def _make(self, name: str) -> subprocess.Popen:
         return subprocess.Popen(

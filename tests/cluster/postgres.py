@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.cluster.ports import free_ports, wait_until_up
@@ -19,15 +20,13 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 class TrackingServer:
     """A tracking server with passwords; its user is admin, with `PASSWORD`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        """It listens on `host`, an address of this machine."""
+        self.folder, self._host = folder, host
         self._store_port, self._port = free_ports(2)
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self.store = folder / "postgres"
-        self.store.mkdir()
-        for path in (folder, *folder.parents):  # PostgreSQL does not run as root, and has to get there
-            if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
-                path.chmod(path.stat().st_mode | 0o011)
+        self.uri = f"http://{host}:{self._port}"
+        # PostgreSQL does not run as root, and does not get into a folder of pytest's.
+        self.store = Path(tempfile.mkdtemp(prefix="postgres-"))
         shutil.chown(self.store, "postgres", "postgres")
         database = f"{self.store}/db"
         self._run("initdb", "-D", database, "--auth-local=trust", "--auth-host=scram-sha-256")
@@ -53,6 +52,7 @@ class TrackingServer:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "GRADMIX_MLFLOW_STORE": f"postgresql://mlflow:{QUOTED}@127.0.0.1:{self._store_port}/mlflow",
             "GRADMIX_MLFLOW_FOLDER": str(self.folder / "server"),
+            "GRADMIX_MLFLOW_HOST": self._host,
             "GRADMIX_MLFLOW_PORT": str(self._port),
             "GRADMIX_MLFLOW_WORKERS": "1",
             "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
@@ -68,3 +68,4 @@ class TrackingServer:
         os.killpg(self._server.pid, 9)
         self._server.wait()
         self._run("pg_ctl", "-D", f"{self.store}/db", "-m", "immediate", "stop")
+        shutil.rmtree(self.store)

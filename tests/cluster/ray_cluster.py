@@ -1,92 +1,72 @@
-"""A machine to run `ray up` against: a real sshd on loopback, in a pid namespace and a home folder of its own."""
+"""`cluster.yaml` filled in for the two hosts n1 and n2, and the `ray` commands against it."""
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
-HEAD, WORKER = "127.0.0.77", "127.0.0.78"
+from tests.cluster.hosts import ADDRESSES, ROOT, SCRATCH, Hosts
+
+HEAD = ADDRESSES["n1"]
+# Each host's own, unlike most of the file system.
+_HOME = f"{SCRATCH}/home"
+SSHD = f"SetEnv HOME={_HOME} DS_ACCELERATOR=cpu\nMaxStartups 100\nMaxSessions 100\n"
 
 
-class Machine:
-    """`ray stop` kills every Ray process that it sees: in the namespace those are this machine's own."""
+class RayCluster:
+    """A Ray cluster with one CPU core on each of the two hosts, of which n1 is the head."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.home = folder, folder / "home"
-        self._make_environment(self.home / "gradmix-osr")
-        for key in ("host", "user"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
-        settings = folder / "sshd_config"
-        settings.write_text(
-            f"ListenAddress {HEAD}\nListenAddress {WORKER}\nHostKey {folder}/host\nPidFile none\nUsePAM no\n"
-            f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nPermitRootLogin prohibit-password\n"
-            f"MaxStartups 100\nMaxSessions 100\nSetEnv HOME={self.home} DS_ACCELERATOR=cpu\n"
-        )
-        Path("/run/sshd").mkdir(exist_ok=True)
-        self._sshd = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "/usr/sbin/sshd", "-D", "-f", str(settings)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        end = time.monotonic() + 20
-        while socket.socket().connect_ex((HEAD, 22)):
-            assert time.monotonic() < end and self._sshd.poll() is None, "sshd did not start"
-            time.sleep(0.2)
+    def __init__(self, hosts: Hosts, credentials: str) -> None:
+        """`hosts` have to be made with `SSHD`. `credentials` for the tracking server go to the home of each."""
+        self.hosts, self.file = hosts, hosts.folder / "cluster.yaml"
+        home = hosts.folder / "ray-home"
+        self._make_environment(home / "gradmix-osr")
+        (home / ".mlflow").mkdir()
+        (home / ".mlflow" / "credentials").write_text(credentials)
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        for name in ADDRESSES:
+            done = hosts.run(name, "sh", "-c", f"cp -r {home} {_HOME} && mount -t tmpfs tmpfs /tmp/ray")
+            assert done.returncode == 0, done.stderr
+        self._fill_in()
 
     def _make_environment(self, checkout: Path) -> None:
         """What `make setup` would install: the packages of this environment, and the code of the copied checkout."""
-        environment = checkout / ".venv"
+        environment, copied = checkout / ".venv", f"{_HOME}/gradmix-osr"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
         (site,) = environment.glob("lib/python*/site-packages")
-        (site / "packages.pth").write_text(f"{checkout}\n{sysconfig.get_path('purelib')}\n")
+        (site / "packages.pth").write_text(f"{copied}\n{sysconfig.get_path('purelib')}\n")
         program = environment / "bin" / "ray"
-        program.write_text(f'#!/bin/sh\nexec {environment}/bin/python -m ray.scripts.scripts "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {copied}/.venv/bin/python -m ray.scripts.scripts "$@"\n')
         program.chmod(0o755)
         # Newer than the files that are copied: there is nothing left for make to do.
         (environment / ".setup-done").touch()
 
-    def stop(self) -> None:
-        self._sshd.kill()
-        self._sshd.wait()
-
-    def cluster_file(self) -> Path:
-        """`cluster.yaml` with its lines filled in, and a small object store."""
+    def _fill_in(self) -> None:
         text = (ROOT / "cluster.yaml").read_text()
-        text = text.replace("head_ip: 127.0.0.1 ", f"head_ip: {HEAD} ").replace(
-            "~/.ssh/id_ed25519", f"{self.folder}/user"
-        )
-        text = text.replace("ray start --head", f"ray start --node-ip-address={HEAD} --head")
-        text = text.replace("ray start ", "ray start --object-store-memory=200000000 --num-cpus=2 ")
-        assert HEAD in text and f"{self.folder}/user" in text and "~/gradmix-osr: .\n" in text
-        path = self.folder / "cluster.yaml"
-        path.write_text(text.replace("~/gradmix-osr: .\n", f"~/gradmix-osr: {ROOT}\n"))
-        assert yaml.safe_load(path.read_text())["auth"]["ssh_user"] == "root"
-        return path
+        for given, filled in {
+            "head_ip: 127.0.0.1 ": f"head_ip: {HEAD} ",
+            "worker_ips: [] ": f"worker_ips: [{ADDRESSES['n2']}] ",
+            "max_workers: 0 ": "max_workers: 1 ",
+            "~/.ssh/id_ed25519 ": f"{self.hosts.folder}/user ",
+            "~/gradmix-osr: .\n": f"~/gradmix-osr: {ROOT}\n",
+            "ray start ": "ray start --object-store-memory=200000000 --num-cpus=1 ",
+        }.items():
+            assert given in text, f"cluster.yaml has no {given!r}"
+            text = text.replace(given, filled)
+        assert yaml.safe_load(text)["auth"]["ssh_user"] == "root"
+        self.file.write_text(text)
 
     def ray(self, *arguments: str, seconds: float = 300) -> str:
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("ray")), *arguments],
-            cwd=ROOT,
-            env={**os.environ, "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-        )
+        done = self.hosts.run("n1", *self.command(*arguments), seconds=seconds)
         assert done.returncode == 0, f"ray {' '.join(arguments)}: {done.stdout[-4000:]}{done.stderr[-2000:]}"
         return done.stdout
 
-    def run(self, command: str) -> str:
-        """The output of a command on the machine."""
-        return subprocess.run(
-            ["ssh", "-q", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-i",
-             f"{self.folder}/user", f"root@{HEAD}", command], capture_output=True, text=True, timeout=60,
-        ).stdout  # fmt: skip
+    def command(self, *arguments: str) -> list[str]:
+        """A `ray` command for n1, as a person at that host's shell would give it."""
+        settings = [f"HOME={_HOME}", "TMPDIR=/tmp", "RAY_UP_enable_autoscaler_v2=0", "RAY_USAGE_STATS_ENABLED=0"]
+        program = [f"{_HOME}/gradmix-osr/.venv/bin/python", "-m", "ray.scripts.scripts"]
+        return ["env", *settings, "RAY_AUTH_MODE=disabled", *program, *arguments]

@@ -85,3 +85,32 @@ def test_a_server_that_dies_costs_no_training_and_no_metric(server, digits, tmp_
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert str(client.get_model_version_by_alias("gradmix-digits", "champion").version) == "1"
+
+
+def test_a_server_that_dies_costs_a_sweep_nothing(server, tmp_path):
+    command = [
+        sys.executable, str(ROOT / "tuning" / "sweep.py"), "--num-samples", "2", "--epochs", "2", "--report-every", "1",
+        "--seeds", "0", "--final-epochs", "0", "--no-early-stopping", "--folder", str(tmp_path / "sweep"), "--data",
+        str(tmp_path / "data"), "--base.tracking.uri", server.uri, "--base.encoder.width", "4",
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob("sweep/trials/*/journal.jsonl")):
+        assert time.monotonic() < end and sweep.poll() is None, sweep.stdout.read()
+        time.sleep(0.1)
+    server.kill()
+    output = sweep.communicate(timeout=240)[0].decode()
+    assert sweep.returncode == 2 and "the sweep is complete in" in output and "Traceback" not in output, output
+    assert len(json.loads((tmp_path / "sweep" / "result.json").read_text())["trials"]) == 2
+
+    server.start()
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stdout + again.stderr
+    client = MlflowClient(server.uri)
+    parent = client.get_run(json.loads((tmp_path / "sweep" / "mlflow.json").read_text())["run_id"])
+    nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [run.info.status for run in (parent, *nested)] == ["FINISHED"] * 3
+    for run in nested:
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "pseudo/score")] == [1, 2]
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"plots", "result.json"}

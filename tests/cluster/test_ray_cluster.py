@@ -1,4 +1,4 @@
-"""`ray up`, `ray submit`, `ray down` over a real sshd, with a tracking server on PostgreSQL; sweeps that are killed."""
+"""`ray up`, `ray submit`, `ray down` on two hosts, with a tracking server on PostgreSQL; processes and a node are killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import ray.autoscaler
 import yaml
 from mlflow.tracking import MlflowClient
 
+from tests.cluster.hosts import ADDRESSES, ROOT, Hosts
 from tests.cluster.postgres import PASSWORD, PROGRAMS, TrackingServer
-from tests.cluster.ray_cluster import ROOT, Machine
+from tests.cluster.ray_cluster import HEAD, SSHD, RayCluster
 
 pytestmark = [
     pytest.mark.cluster,
@@ -31,108 +31,148 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def tracking(tmp_path_factory):
-    server = TrackingServer(tmp_path_factory.mktemp("tracking"))
-    os.environ |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
-    yield server
-    del os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    started = Machine(tmp_path_factory.mktemp("machine"))
-    credentials = started.home / ".mlflow" / "credentials"
-    credentials.parent.mkdir()
-    credentials.write_text(
-        f"[mlflow]\nmlflow_tracking_username = admin\nmlflow_tracking_password = {PASSWORD.replace('%', '%%')}\n"
-    )
+def hosts(tmp_path_factory):
+    started = Hosts(tmp_path_factory.mktemp("hosts"), SSHD)
     yield started
     started.stop()
 
 
 @pytest.fixture(scope="module")
-def cluster(machine):
-    """The cluster file of a cluster that is up."""
-    path = machine.cluster_file()
-    machine.ray("up", "-y", str(path))
-    yield str(path)
-    machine.ray("down", "-y", str(path))
-    assert machine.run("pgrep -c raylet").strip() == "0"
+def tracking(hosts, tmp_path_factory):
+    """A tracking server on the head; these tests see its network."""
+    os.environ |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+    with hosts.network_of("n1"):
+        server = TrackingServer(tmp_path_factory.mktemp("tracking"), HEAD)
+        yield server
+        server.stop()
+    del os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
 
 
-def command(cluster: str, folder: Path, tracking: TrackingServer, *options: str) -> list[str]:
-    # Ray joins what it is given without quoting, and runs it in the home folder.
-    return [
-        "submit", cluster, "tuning/sweep.py", "--", *SMALL, "--data", f"{folder}/data", "--folder", f"{folder}/sweep",
-        "--base.tracking.uri", tracking.uri, *options,
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def cluster(hosts):
+    """A cluster of two nodes that is up."""
+    name, password = "mlflow_tracking_username = admin", PASSWORD.replace("%", "%%")
+    made = RayCluster(hosts, f"[mlflow]\n{name}\nmlflow_tracking_password = {password}\n")
+    made.ray("up", "-y", str(made.file))
+    wait(lambda: "2.0 CPU" in made.ray("status"), "second node", lambda: made.ray("status"))
+    yield made
+    made.ray("down", "-y", str(made.file))
+    assert hosts.run("n1", "pgrep", "-c", "raylet").stdout.strip() == "0"
 
 
-def nested_runs(tracking: TrackingServer, folder: Path) -> list:
-    client = MlflowClient(tracking.uri)
-    parent = json.loads((folder / "sweep" / "mlflow.json").read_text())["run_id"]
-    experiment = client.get_run(parent).info.experiment_id
-    return client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+class Sweep:
+    """A sweep to submit to the cluster, in a folder of its own."""
+
+    def __init__(self, cluster: RayCluster, tracking: TrackingServer, folder: Path, *options: str) -> None:
+        self.cluster, self.tracking, self.folder = cluster, tracking, folder / "sweep"
+        # Ray joins what it is given without quoting, and runs it in the home folder.
+        self._arguments = [
+            "submit", str(cluster.file), "tuning/sweep.py", "--", *SMALL, "--data", f"{folder}/data", "--folder",
+            str(self.folder), "--base.tracking.uri", tracking.uri, *options,
+        ]  # fmt: skip
+        self.log = folder / "log"
+
+    def run(self, *options: str) -> str:
+        return self.cluster.ray(*self._arguments, *options)
+
+    def start(self) -> subprocess.Popen:
+        return self.cluster.hosts.start("n1", *self.cluster.command(*self._arguments), log=self.log)
+
+    def result(self) -> dict:
+        return json.loads((self.folder / "result.json").read_text())
+
+    def reports(self) -> dict[str, list[dict]]:
+        """What each trial has reported so far."""
+        files = (self.folder / "tune" / "search").glob("*/result.json")
+        return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+    def wait(self, condition, what: str) -> None:
+        wait(condition, what, lambda: self.log.read_text()[-3000:])
+
+    def nested_runs(self) -> list:
+        client = MlflowClient(self.tracking.uri)
+        parent = json.loads((self.folder / "mlflow.json").read_text())["run_id"]
+        experiment = client.get_run(parent).info.experiment_id
+        return client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+
+    def steps(self, run) -> list[int]:
+        history = MlflowClient(self.tracking.uri).get_metric_history(run.info.run_id, "pseudo/auroc")
+        return [point.step for point in history]
 
 
-def test_a_sweep_is_submitted_and_its_winner_registered(machine, cluster, tracking, tmp_path):
-    output = machine.ray(
-        *command(cluster, tmp_path, tracking, "--num-samples", "2", "--epochs", "2", "--final-epochs", "1")
-    )
-    result = json.loads((tmp_path / "sweep" / "result.json").read_text())
-    assert len(result["trials"]) == 2 and not any(trial["error"] for trial in result["trials"])
-    assert result["final"]["alias"] == "champion" and "the Ray cluster at auto: 1 node, 2 CPUs" in output
-    assert "trial 1: " in output and "trial 2: " in output
-    runs = nested_runs(tracking, tmp_path)
-    assert [run.info.status for run in runs] == ["FINISHED"] * 2
-    client = MlflowClient(tracking.uri)
-    assert [point.step for point in client.get_metric_history(runs[0].info.run_id, "pseudo/auroc")] == [1, 2]
-    assert client.get_model_version_by_alias("gradmix-digits", "champion").version
+def wait(condition, what: str, state, seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what}: {state()}"
+        time.sleep(0.2)
 
 
-def test_a_killed_driver_goes_on_and_a_killed_trial_is_tried_again(machine, cluster, tracking, tmp_path):
-    options = ["--num-samples", "4", "--epochs", "12", "--max-concurrent", "1", "--final-epochs", "0"]
-    arguments = command(cluster, tmp_path, tracking, *options)
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        driver = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), *arguments], cwd=ROOT, stdout=out, stderr=out,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+def test_a_sweep_is_submitted_and_its_winner_registered(cluster, tracking, tmp_path):
+    sweep = Sweep(cluster, tracking, tmp_path, "--num-samples", "4", "--epochs", "2", "--final-epochs", "1")
+    output = sweep.run()
+    result = sweep.result()
+    assert len(result["trials"]) == 4 and not any(trial["error"] for trial in result["trials"])
+    assert result["final"]["alias"] == "champion" and "the Ray cluster at auto: 2 nodes, 2 CPUs" in output
+    assert "trial 1: " in output and "trial 4: " in output
+    assert {report["node_ip"] for reports in sweep.reports().values() for report in reports} == {*ADDRESSES.values()}
+    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [1, 2])] * 4
+    assert MlflowClient(tracking.uri).get_model_version_by_alias("gradmix-digits", "champion").version
 
-    def wait(condition, what: str, seconds: float = 150) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"no {what}: {log.read_text()[-3000:]}"
-            time.sleep(0.2)
 
-    def reports() -> list[int]:
-        files = sorted((tmp_path / "sweep" / "tune" / "search").glob("*/result.json"), key=lambda p: p.stat().st_ctime)
-        return [len(path.read_text().splitlines()) for path in files]
+def test_the_ranks_of_a_trial_lie_on_both_nodes(cluster, tracking, tmp_path):
+    sweep = Sweep(
+        cluster, tracking, tmp_path, "--num-samples", "2", "--epochs", "2", "--final-epochs", "0", "--ranks", "2",
+        "--cpus", "0.9", "--base.batch-size", "96",
+    )  # fmt: skip
+    before = cluster.hosts.sent("n2")
+    sweep.run()
+    assert cluster.hosts.sent("n2") - before > 1e6, "no gradients came from the second node"
+    assert [trial["metrics"]["epoch"] for trial in sweep.result()["trials"]] == [2, 2]
+    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [1, 2])] * 2
 
-    wait(lambda: sum(reports()) >= 3, "report of the first trial")
-    assert "killed" in machine.run("pkill -9 -e -f '^ray::ImplicitFunc'")
-    wait(lambda: reports().count(12) >= 1 and len(reports()) >= 2 and reports()[-1] >= 2, "second trial")
-    assert "killed" in machine.run("pkill -9 -e -f '[s]weep.py --protocol'")
+
+def test_a_killed_driver_goes_on_and_a_killed_trial_is_tried_again(cluster, tracking, tmp_path):
+    sweep = Sweep(
+        cluster, tracking, tmp_path, "--num-samples", "4", "--epochs", "12", "--max-concurrent", "1",
+        "--final-epochs", "0",
+    )  # fmt: skip
+    driver = sweep.start()
+    sweep.wait(lambda: any(len(reports) >= 3 for reports in sweep.reports().values()), "report of the first trial")
+    killed = [cluster.hosts.run(name, "pkill", "-9", "-e", "-f", "^ray::ImplicitFunc").stdout for name in ADDRESSES]
+    assert "killed" in "".join(killed)
+
+    def second_is_under_way() -> bool:
+        lengths = sorted(map(len, sweep.reports().values()))
+        return len(lengths) == 2 and lengths[1] == 12 and lengths[0] >= 2
+
+    sweep.wait(second_is_under_way, "second trial")
+    assert "killed" in cluster.hosts.run("n1", "pkill", "-9", "-e", "-f", "[s]weep.py --protocol").stdout
     assert driver.wait(60) != 0
-    finished = {
-        path.parent.name: path.read_text()
-        for path in (tmp_path / "sweep" / "tune" / "search").glob("*/result.json")
-        if len(path.read_text().splitlines()) == 12
-    }
-    assert finished and not (tmp_path / "sweep" / "result.json").exists()
-    machine.ray(*arguments, "--resume")
-    result = json.loads((tmp_path / "sweep" / "result.json").read_text())
-    assert [trial["metrics"]["epoch"] for trial in result["trials"]] == [12] * 4
-    for name, records in finished.items():  # not repeated
-        assert (tmp_path / "sweep" / "tune" / "search" / name / "result.json").read_text() == records
-    runs = nested_runs(tracking, tmp_path)
-    assert [run.info.status for run in runs] == ["FINISHED"] * 4
-    client = MlflowClient(tracking.uri)
-    for run in runs:
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "pseudo/auroc")]
-        assert steps == list(range(1, 13))
+    finished = {name: reports for name, reports in sweep.reports().items() if len(reports) == 12}
+    assert finished and not (sweep.folder / "result.json").exists()
+    sweep.run("--resume")
+    assert [trial["metrics"]["epoch"] for trial in sweep.result()["trials"]] == [12] * 4
+    assert sweep.reports().items() >= finished.items()  # not repeated
+    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [*range(1, 13)])] * 4
+
+
+def test_the_trials_of_a_node_that_is_lost_move_elsewhere(cluster, tracking, tmp_path):
+    sweep = Sweep(cluster, tracking, tmp_path, "--num-samples", "3", "--epochs", "12", "--final-epochs", "0")
+    driver = sweep.start()
+
+    def on_second_node() -> set[str]:
+        latest = {name: reports[-1] for name, reports in sweep.reports().items() if reports}
+        return {name for name, last in latest.items() if last["node_ip"] == ADDRESSES["n2"] and last["epoch"] < 8}
+
+    sweep.wait(on_second_node, "trial on the second node")
+    (lost,) = on_second_node()
+    cluster.hosts.end("n2")
+    assert driver.wait(240) == 0, sweep.log.read_text()[-3000:]
+    assert [trial["metrics"]["epoch"] for trial in sweep.result()["trials"]] == [12] * 3
+    epochs = [report["epoch"] for report in sweep.reports()[lost]]
+    # It went on from its checkpoint: at most the epoch in hand was computed again.
+    assert epochs == [*range(1, 13)] and sweep.reports()[lost][-1]["node_ip"] == HEAD
+    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [*range(1, 13)])] * 3
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "cluster/ray/aws.yaml"])
