@@ -34,6 +34,14 @@ setup(
     ],
     extras_require={
         "server": ["mlflow[auth]", "psycopg[binary]"],  # cluster/mlflow
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "jsonschema", "gradmix-osr[server]"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "jsonschema",  # Ray's cluster files
+            "kubernetes-validate",
+            "gradmix-osr[server]",
+        ],
     },
 )

@@ -240,7 +240,7 @@ def deliver(run_dir: Path) -> int:
 
 
 def went_through(action: Callable[[], Any]) -> bool:
-    """Whether `action`, which talks to MLflow, did so. MLflow raises anything, from its own to its HTTP library's and SQL
+    """Whether `action`, which talks to MLflow, succeeded. MLflow raises anything: its own, its HTTP library's, SQL
     errors."""
     try:
         action()

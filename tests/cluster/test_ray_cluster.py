@@ -1,4 +1,4 @@
-"""`ray up`, `ray submit`, `ray down` on two hosts, with a tracking server on PostgreSQL; processes and a node are killed."""
+"""`ray up`, `ray submit`, `ray down` on two hosts, with a tracking server on PostgreSQL; processes and a node die."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import ray.autoscaler
 import yaml
@@ -189,6 +190,62 @@ def test_no_cluster_file_has_ray_make_a_security_group():
     config = yaml.safe_load((ROOT / "cluster" / "ray" / "aws.yaml").read_text())
     assert "security_group" not in config["provider"]
     assert all("SecurityGroupIds" in kind["node_config"] for kind in config["available_node_types"].values())
+
+
+# Of KubeRay's API reference (ray.io/v1, operator 1.2), what a RayCluster consists of beside Kubernetes' own pod templates.
+_GROUP = {
+    "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
+    "template": {"type": "object"},
+}
+_RAY_CLUSTER = {
+    "type": "object",
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "suspend": {"type": "boolean"},
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "autoscalerOptions": {"type": "object"},
+        "headServiceAnnotations": {"type": "object"},
+        "headGroupSpec": {
+            "type": "object",
+            "properties": {
+                **_GROUP,
+                "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+                "headService": {"type": "object"},
+                "enableIngress": {"type": "boolean"},
+            },
+            "required": ["rayStartParams", "template"],
+            "additionalProperties": False,
+        },
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    **_GROUP,
+                    "groupName": {"type": "string"},
+                    **{name: {"type": "integer", "minimum": 0} for name in ("replicas", "minReplicas", "maxReplicas")},
+                    "numOfHosts": {"type": "integer", "minimum": 1},
+                    "suspend": {"type": "boolean"},
+                    "scaleStrategy": {"type": "object"},
+                },
+                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    "required": ["headGroupSpec"],
+    "additionalProperties": False,
+}
+
+
+def test_the_kubernetes_file_fits_kuberays_fields_and_kubernetes_pods():
+    config = yaml.safe_load((ROOT / "cluster" / "ray" / "kuberay.yaml").read_text())
+    assert (config["apiVersion"], config["kind"]) == ("ray.io/v1", "RayCluster")
+    jsonschema.validate(config["spec"], _RAY_CLUSTER)
+    groups = [config["spec"]["headGroupSpec"], *config["spec"]["workerGroupSpecs"]]
+    for number, group in enumerate(groups):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": f"group-{number}"}}
+        kubernetes_validate.validate({**pod, "template": group["template"]}, "1.31", strict=True)
 
 
 def test_the_kubernetes_file_opens_nothing_and_matches_the_pinned_ray():
