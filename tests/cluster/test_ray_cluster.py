@@ -192,11 +192,9 @@ def test_no_cluster_file_has_ray_make_a_security_group():
     assert all("SecurityGroupIds" in kind["node_config"] for kind in config["available_node_types"].values())
 
 
-# Of KubeRay's API reference (ray.io/v1, operator 1.2), what a RayCluster consists of beside Kubernetes' own pod templates.
-_GROUP = {
-    "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
-    "template": {"type": "object"},
-}
+# What KubeRay's API reference (ray.io/v1, operator 1.2) puts around Kubernetes' own pod templates.
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_GROUP = {"rayStartParams": _STRINGS, "template": {"type": "object"}}
 _RAY_CLUSTER = {
     "type": "object",
     "properties": {
