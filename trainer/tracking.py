@@ -217,6 +217,8 @@ def deliver(run_dir: Path) -> int:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
+    # It would print two lines for each run that ends, and ask the server for them.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     link = Link.read(run_dir)
     client = MlflowClient(link.uri)
     if link.run_id is None:

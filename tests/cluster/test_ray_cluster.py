@@ -158,22 +158,22 @@ def test_a_killed_driver_goes_on_and_a_killed_trial_is_tried_again(cluster, trac
 
 
 def test_the_trials_of_a_node_that_is_lost_move_elsewhere(cluster, tracking, tmp_path):
-    sweep = Sweep(cluster, tracking, tmp_path, "--num-samples", "3", "--epochs", "12", "--final-epochs", "0")
+    sweep = Sweep(cluster, tracking, tmp_path, "--num-samples", "3", "--epochs", "60", "--final-epochs", "0")
     driver = sweep.start()
 
     def on_second_node() -> set[str]:
         latest = {name: reports[-1] for name, reports in sweep.reports().items() if reports}
-        return {name for name, last in latest.items() if last["node_ip"] == ADDRESSES["n2"] and last["epoch"] < 8}
+        return {name for name, last in latest.items() if last["node_ip"] == ADDRESSES["n2"] and last["epoch"] < 40}
 
     sweep.wait(on_second_node, "trial on the second node")
     (lost,) = on_second_node()
     cluster.hosts.end("n2")
     assert driver.wait(240) == 0, sweep.log.read_text()[-3000:]
-    assert [trial["metrics"]["epoch"] for trial in sweep.result()["trials"]] == [12] * 3
+    assert [trial["metrics"]["epoch"] for trial in sweep.result()["trials"]] == [60] * 3
     epochs = [report["epoch"] for report in sweep.reports()[lost]]
     # It went on from its checkpoint: at most the epoch in hand was computed again.
-    assert epochs == [*range(1, 13)] and sweep.reports()[lost][-1]["node_ip"] == HEAD
-    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [*range(1, 13)])] * 3
+    assert epochs == [*range(1, 61)] and sweep.reports()[lost][-1]["node_ip"] == HEAD
+    assert [(run.info.status, sweep.steps(run)) for run in sweep.nested_runs()] == [("FINISHED", [*range(1, 61)])] * 3
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "cluster/ray/aws.yaml"])
