@@ -27,8 +27,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs {scratch}
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh /etc/ssh/ssh_config.d
-sleep infinity &
-wait
+while true; do sleep infinity || true; done
 """
 _SSHD = """
 HostKey {folder}/host
@@ -109,9 +108,8 @@ class Hosts:
                 libc.setns(own.fileno(), 0)
 
     def end(self, name: str) -> None:
-        """Pull the plug of the host."""
-        self._namespaces[name].kill()
-        self._namespaces[name].wait()
+        """Kill all that runs on the host. Its end of the cable stays, which would take the other end with it."""
+        self.run(name, "sh", "-c", "kill -9 -1")
 
     def cut(self) -> None:
         """Pull the cable: nobody is told, packets just stop to arrive."""
@@ -121,8 +119,9 @@ class Hosts:
         _run("nsenter", "-t", self._inits["n2"], "--net", "ip", "link", "set", "up", "dev", "wire")
 
     def stop(self) -> None:
-        for name in self._namespaces:
-            self.end(name)
+        for namespace in self._namespaces.values():
+            namespace.kill()
+            namespace.wait()
 
     def _make(self, name: str) -> subprocess.Popen:
         return subprocess.Popen(

@@ -14,7 +14,9 @@ from tests.cluster.hosts import ADDRESSES, ROOT, SCRATCH, Hosts
 HEAD = ADDRESSES["n1"]
 # Each host's own, unlike most of the file system.
 _HOME = f"{SCRATCH}/home"
-SSHD = f"SetEnv HOME={_HOME} DS_ACCELERATOR=cpu\nMaxStartups 100\nMaxSessions 100\n"
+# Ray would kill trials for what other programs of this machine take of its memory.
+_ENVIRONMENT = f"HOME={_HOME} DS_ACCELERATOR=cpu RAY_memory_monitor_refresh_ms=0"
+SSHD = f"SetEnv {_ENVIRONMENT}\nMaxStartups 100\nMaxSessions 100\n"
 
 
 class RayCluster:
