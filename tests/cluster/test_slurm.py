@@ -122,10 +122,10 @@ def test_a_sweep_that_must_make_room_comes_back_and_finishes_on_both_nodes(slurm
     slurm.wait(lambda: sum(reports()) >= 3, 180, f"report of a trial: {log(tmp_path)}")
     assert "2 nodes, 4 CPUs" in log(tmp_path)
     # Whoever reaches the port needs the word that only the job knows.
-    stranger = "import ray; ray.init(address=%r, log_to_driver=False)" % f"{ADDRESSES['n1']}:{20000 + 2 * int(job)}"
     asked = slurm.hosts.run(
-        "n2", sys.executable, "-c", stranger, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64, **environment()
-    )
+        "n2", sys.executable, "-c", "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)",
+        f"{ADDRESSES['n1']}:{20000 + 2 * int(job)}", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64, **environment(),
+    )  # fmt: skip
     assert asked.returncode != 0 and "Unauthenticated" in asked.stderr, asked.stderr
 
     slurm.run("scancel", "--batch", "--signal=USR1", job)
