@@ -1,4 +1,4 @@
-"""Two hosts without SLURM: DeepSpeed over ssh, torchrun; what a rank that dies and a cable that is pulled do to them."""
+"""Two hosts without SLURM: DeepSpeed over ssh, and torchrun; a rank that dies, and a cable that is pulled."""
 
 from __future__ import annotations
 
