@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from data_pipeline.cli import Preempted
+from tests.ranks import context
 from trainer import roll_call as module
 from trainer.roll_call import roll_call
 
@@ -49,9 +49,7 @@ def _run(folder: Path, happens: str, victim: int) -> tuple[list[int], list[str]]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = [(rank, port, folder, happens, victim) for rank in range(RANKS)]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # importing takes longer than dying
-    ranks = [context.Process(target=_on_a_rank, args=args) for args in arguments]
+    ranks = [context().Process(target=_on_a_rank, args=args) for args in arguments]
     for process in ranks:
         process.start()
     try:
