@@ -93,9 +93,11 @@ class Build:
         The size is always compared, the checksum for files up to 1 GiB (a second of reading).
 
         Raises:
-            InputError: it is missing, truncated, damaged or another file.
+            InputError: it is missing, truncated, damaged or another file, or the whole folder is gone.
         """
         path, record = self._path(partition), self.record(partition)
+        if not (self.folder / MANIFEST).is_file():
+            raise InputError(f"the data folder {self.folder} has disappeared: bring it back; the same command goes on")
         if not path.is_file():
             raise InputError(f"{path} is missing though {MANIFEST} lists it: build it again")
         size = path.stat().st_size

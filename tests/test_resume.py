@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -260,6 +263,49 @@ def test_a_full_disk_while_checkpointing_keeps_the_last_good_one(config, straigh
         assert_equal(outcome(full.folder), straight)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(("cache", "after"), [("stream", (1, 2)), ("resident", (2, STEPS - 1))])
+def test_a_data_folder_that_disappears_is_one_line_and_loses_nothing(config, straight, cache, after, tmp_path):
+    """In the middle of training, which holds on to what it has open, or just before the evaluation."""
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(config.data, data)
+    config, step = dataclasses.replace(config, data=data, cache=cache), Trainer.train_step
+
+    def unmount(self, batch, epoch, number):
+        if (epoch, number) == after:
+            data.rename(away)
+        return step(self, batch, epoch, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", unmount)
+        with pytest.raises(InputError, match=rf"data folder {data} has disappeared: .*same command goes on"):
+            train(config, QUIET)
+    assert checkpoint.latest(config.folder).name == f"step-{3 * STEPS:09d}"
+    with pytest.raises(InputError, match="no files of protocol digits, split 0"):  # it is still away
+        train(config, QUIET)
+    away.rename(data)
+    train(config, QUIET)
+    assert_equal(outcome(config.folder), straight)
+
+
+def test_a_clock_that_jumps_changes_nothing(config, straight, monkeypatch, tmp_path):
+    clock, jumps = time.time, itertools.cycle([0, -1e8, 1e8, -2e8])  # years back and forth
+    monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+    store = f"sqlite:///{tmp_path}/store.db"
+    online = dataclasses.replace(
+        config, checkpoint_minutes=60, keep_checkpoints=100, tracking=TrackingConfig(uri=store)
+    )
+    train(online, QUIET)
+    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == [
+        f"step-{epoch * STEPS:09d}" for epoch in (1, 2, 3)
+    ]
+    assert_equal(outcome(config.folder), straight)
+    # MLflow has the points at their steps, and takes the last step for the present value.
+    client, run = MlflowClient(store), json.loads((config.folder / "mlflow.json").read_text())["run_id"]
+    history = {point.step: point.value for point in client.get_metric_history(run, "train/total")}
+    assert history == {step: straight["points"][step, "train/total"] for step in (1, 2, 3)}
+    assert client.get_run(run).data.metrics["train/total"] == history[3]
 
 
 def test_weights_that_are_not_finite_are_never_kept(config, monkeypatch):

@@ -40,16 +40,16 @@ def gather(tensor: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor)
-        return torch.stack(parts)
+        ctx.shape = tensor.shape
+        parts = tensor.new_empty(world_size() * tensor.numel())
+        dist.all_gather_into_tensor(parts, tensor.flatten())
+        return parts.view(-1, *tensor.shape)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[rank()]
+        own = gradient.new_empty(ctx.shape.numel())
+        dist.reduce_scatter_tensor(own, gradient.flatten())
+        return own.view(ctx.shape)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -51,8 +51,13 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float, denomina
         embeddings: (V, N, D).
         labels: (N,) int64.
     """
-    keys = _gather_views(embeddings).flatten(0, 1)
-    key_labels = gather(labels).flatten().repeat(len(embeddings))
+    return _supcon_loss(embeddings, _gather_views(embeddings), labels, temperature, denominator)
+
+
+def _supcon_loss(views: Tensor, keys: Tensor, labels: Tensor, temperature: float, denominator: str) -> Tensor:
+    """`supcon_loss` of views (V, N, D) among keys (V, R·N, D)."""
+    keys = keys.flatten(0, 1)
+    key_labels = gather(labels).flatten().repeat(len(views))
 
     def losses(anchors: Tensor, anchor_labels: Tensor, places: Tensor) -> Tensor:
         similarity = anchors @ keys.T / temperature
@@ -66,8 +71,8 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, temperature: float, denomina
         mean_positive = torch.where(positive, similarity, 0.0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
         return torch.where(usable, masked.logsumexp(dim=1) - mean_positive, 0.0)
 
-    places = _own_places(len(embeddings), len(labels), keys.device)
-    return _by_rows(losses, len(keys), embeddings.flatten(0, 1), labels.repeat(len(embeddings)), places).mean()
+    places = _own_places(len(views), len(labels), keys.device)
+    return _by_rows(losses, len(keys), views.flatten(0, 1), labels.repeat(len(views)), places).mean()
 
 
 def objective(
@@ -94,7 +99,7 @@ def objective(
     zero = embeddings.new_zeros(())
     supcon = simclr = gradmix = zero
     if config.theta > 0:
-        supcon = supcon_loss(views[:2], labels, config.temperature, config.denominator)
+        supcon = _supcon_loss(views[:2], keys[:2], labels, config.temperature, config.denominator)
     if config.lam > 0:
         simclr = _pair_losses(views[:2], keys[:2], config.temperature).mean()
         if len(views) == 3:

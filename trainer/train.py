@@ -46,6 +46,7 @@ from trainer.evaluate import build_model, evaluate_open_set, metrics_table
 from trainer.losses import Objective, objective
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.registry import register
+from trainer.roll_call import roll_call
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -561,7 +562,10 @@ def parse_config(args: Sequence[str]) -> TrainConfig:
 
 
 def main() -> None:
-    train(parse_config(sys.argv[1:]), Console(soft_wrap=True))
+    config = parse_config(sys.argv[1:])
+    join_ranks()
+    with roll_call():
+        train(config, Console(soft_wrap=True))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ _SSH = """
 IdentityFile {folder}/user
 StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
+ServerAliveInterval 10
 LogLevel ERROR
 """
 
@@ -160,12 +161,6 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-
-
-def pythons(pattern: str) -> list[str]:
-    """Processes of this Python, on any host, whose command line matches `pattern`; by their numbers on this machine."""
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")]
 
 
 def _run(*command: str) -> None:

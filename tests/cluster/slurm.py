@@ -1,20 +1,17 @@
-"""A real SLURM of two nodes on this machine: slurmctld and two slurmd, in a folder of its own."""
+"""A real SLURM of two nodes: slurmctld and two slurmd on the two hosts of `tests.cluster.hosts`."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
 
-from tests.cluster.ports import free_ports
+from tests.cluster.hosts import ADDRESSES, Hosts
 
 _CONFIG = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
+SlurmctldHost=n1({addresses[n1]})
 SlurmUser=root
 AuthType=auth/none
 CredType=cred/none
@@ -36,34 +33,30 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=2
+NodeName=n1 NodeAddr={addresses[n1]} CPUs=2
+NodeName=n2 NodeAddr={addresses[n2]} CPUs=2
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
 class Slurm:
-    """Two nodes, n1 and n2; jobs see them as two hosts."""
+    """Nodes n1 and n2, with the controller on n1; commands are given there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("state", "spool-n1", "spool-n2"):
             (folder / name).mkdir(parents=True)
-        ports = free_ports(3)
+        self.hosts = Hosts(folder)
         config = folder / "slurm.conf"
-        config.write_text(
-            _CONFIG.format(host=socket.gethostname(), folder=folder, port=ports[0], port_1=ports[1], port_2=ports[2])
-        )
-        self.environment = {**os.environ, "SLURM_CONF": str(config)}
-        self._daemons = [self._start("slurmctld", "-D", "-c")]
+        config.write_text(_CONFIG.format(folder=folder, addresses=ADDRESSES))
+        self._environment = {"SLURM_CONF": str(config)}
+        self._start("n1", "slurmctld", "-D", "-c")
         time.sleep(2)
-        self._nodes = {name: self._start("slurmd", "-D", "-N", name) for name in ("n1", "n2")}
+        self._nodes = {name: self._start(name, "slurmd", "-D") for name in ADDRESSES}
         self.wait(lambda: self.run("sinfo", "-h", "-o", "%T").split() == ["idle"], 60, "two idle nodes")
 
-    def run(self, *command: str, **environment: str) -> str:
-        done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
-        )
+    def run(self, *command: str, seconds: float = 60, **environment: str) -> str:
+        done = self.hosts.run("n1", *command, seconds=seconds, **self._environment, **environment)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -72,6 +65,11 @@ class Slurm:
             item.split("=", 1) for item in self.run("scontrol", "-o", "show", "job", job).split() if "=" in item
         )
         return f"{fields['JobState']} {fields['ExitCode']} restarts={fields['Restarts']}"
+
+    def start_now(self, job: str) -> None:
+        """What was put back into the queue would wait there for two minutes."""
+        time.sleep(3)  # until the nodes have forgotten that they were to kill it
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait(self, condition, seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
@@ -83,14 +81,8 @@ class Slurm:
         return "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in self.folder.glob("*.log"))
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "-u", "root"], env=self.environment, capture_output=True, timeout=30)
-        time.sleep(1)
-        for daemon in (*self._nodes.values(), *self._daemons):
-            daemon.kill()
-            daemon.wait()
+        self.hosts.stop()
 
-    def _start(self, *command: str) -> subprocess.Popen:
+    def _start(self, name: str, *command: str) -> subprocess.Popen:
         path = shutil.which(command[0]) or f"/usr/sbin/{command[0]}"
-        return subprocess.Popen(
-            [path, *command[1:]], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        return self.hosts.start(name, path, *command[1:], **self._environment)
