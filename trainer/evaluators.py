@@ -14,9 +14,9 @@ shares in [0, 1] unless their name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch
 from data_pipeline.views import render_plain
-from trainer.metrics import Interval
+from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
+from trainer.metrics import (
+    Interval,
+    auroc,
+    bootstrap_interval,
+    detection_metrics,
+    oscr,
+    top_k_accuracy,
+    two_nn,
+)
 from trainer.registry import OpenSetModel
 
 Features = Literal["embedding", "backbone"]
@@ -35,24 +44,12 @@ TEMPERATURE = 0.05
 """τ of the paper: what a mean cosine similarity is divided by to make a logit of it."""
 
 
-class Outputs(NamedTuple):
-    """What a model makes of M images.
-
-    Attributes:
-        features: (M, D) float32.
-        logits: (M, C) float32, one for each known class; None from a model that knows features only.
-    """
-
-    features: Tensor
-    logits: Tensor | None
-
-
 class FeatureModel:
     """A network and how images are shown to it.
 
     Args:
-        network: from normalised views (M, C, h, w) to features (M, D), or to a pair of features and logits (M, K). It is
-            put into evaluation mode.
+        network: from normalised views (M, C, h, w) to features (M, D), or to a pair of features and logits (M, C). It
+            is put into evaluation mode.
         image_size: h = w of the views, pixels; images of another size are resized.
         mean, std: per channel, of pixel values in [0, 1]; their number is that of the channels.
         layer: the module of `network` whose output (M, K, h', w') attribution maps are made of; None: no maps.
@@ -110,7 +107,8 @@ class FeatureModel:
         channels = len(self.mean)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != channels:
             raise ValueError(
-                f"images must be uint8 of shape (M, H, W, {channels}), got {images.dtype} of shape {tuple(images.shape)}"
+                f"images must be uint8 of shape (M, H, W, {channels}), "
+                f"got {images.dtype} of shape {tuple(images.shape)}"
             )
         plain = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         return render_plain(images.to(self.device), size=self.image_size, **plain)
@@ -166,7 +164,12 @@ class Subject:
         return self._outputs[partition]
 
     def logits(self, partition: str) -> Tensor:
-        return need_logits(self.outputs(partition))
+        """(M, C) float32; raises `InputError` if the model has none."""
+        return self.outputs(partition).need_logits()
+
+    def correct(self) -> np.ndarray:
+        """(M,) bool: whether the largest logit of a known test image is its class's."""
+        return self.logits("test_known").argmax(dim=1).numpy() == self.labels("test_known")
 
 
 @dataclass(frozen=True)
@@ -196,13 +199,6 @@ class Evaluator(Protocol):
     def __call__(self, subject: Subject) -> Evaluation:
         """Raises `InputError` if the subject lacks what it takes: a partition, logits, a layer."""
         ...
-
-
-def need_logits(outputs: Outputs) -> Tensor:
-    """The logits, or an `InputError` that says how to get some."""
-    if outputs.logits is None:
-        raise InputError("this model has features but no logits: give it classes with FeatureModel.with_gallery")
-    return outputs.logits
 
 
 def gallery_logits(features: Tensor, gallery: Sequence[Tensor], k: int) -> Tensor:
@@ -247,3 +243,166 @@ class _GalleryNetwork(nn.Module):
         result = self.network(views)
         features = result if isinstance(result, Tensor) else result[0]
         return features, gallery_logits(features, self.gallery, self.k)
+
+
+# Evaluators
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapConfig:
+    """Error bars by drawing the test images anew."""
+
+    resamples: int = 1000
+    """How often to draw; 0 for no error bars, otherwise 2 or more."""
+    confidence: float = 0.95
+    """Share of the resampled metrics within the error bars, in (0, 1)."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        if self.resamples != 0 and self.resamples < 2:
+            raise InputError(f"bootstrap.resamples is {self.resamples}; set it to 2 or more, or to 0 for no error bars")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"bootstrap.confidence is {self.confidence}; set it within (0, 1)")
+
+    def intervals(self, metrics: Mapping[str, tuple[Callable[..., float], tuple[int, ...]]]) -> dict[str, Interval]:
+        """By name, the interval of each metric, given with the sizes of its groups; see `bootstrap_interval`."""
+        if self.resamples == 0:
+            return {}
+        options = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
+        return {name: bootstrap_interval(metric, *sizes, **options) for name, (metric, sizes) in metrics.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedSet:
+    """Closed-set accuracy: the share of known test images whose largest logit is their class's.
+
+    Numbers: closed_set_accuracy, and top5_accuracy where there are more than 5 classes.
+    """
+
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __call__(self, subject: Subject) -> Evaluation:
+        logits, correct = subject.logits("test_known").numpy(), subject.correct()
+        numbers = {"closed_set_accuracy": float(correct.mean())}
+        if logits.shape[1] > 5:
+            numbers["top5_accuracy"] = top_k_accuracy(logits, subject.labels("test_known"), 5)
+        intervals = self.bootstrap.intervals(
+            {"closed_set_accuracy": (lambda i: float(correct[i].mean()), (len(correct),))}
+        )
+        return Evaluation(numbers, intervals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSet:
+    """Open set recognition by the score of one detector.
+
+    Numbers: auroc, oscr, closed_set_accuracy. Arrays: known_scores (n,), known_correct (n,) bool, unknown_scores (m,).
+    """
+
+    detector: DetectorName = "max_logit"
+    """What scores an image; max_logit of a model of this project orders as algorithm 1's score."""
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __call__(self, subject: Subject) -> Evaluation:
+        known, unknown, correct = _scores_of(subject, self.detector)
+        numbers = {
+            "auroc": auroc(known, unknown),
+            "oscr": oscr(known, correct, unknown),
+            "closed_set_accuracy": float(correct.mean()),
+        }
+        both = (len(known), len(unknown))
+        intervals = self.bootstrap.intervals(
+            {
+                "auroc": (lambda i, j: auroc(known[i], unknown[j]), both),
+                "oscr": (lambda i, j: oscr(known[i], correct[i], unknown[j]), both),
+                "closed_set_accuracy": (lambda i: float(correct[i].mean()), both[:1]),
+            }
+        )
+        arrays = {"known_scores": known, "known_correct": correct, "unknown_scores": unknown}
+        return Evaluation(numbers, intervals, arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfDistribution:
+    """Out-of-distribution detection by the score of one detector: the metrics of the paper's table 4 in their usual
+    definitions, see `trainer.metrics.detection_metrics`.
+
+    Numbers: tnr_at_95_tpr, auroc, dtacc, auin, auout. Arrays: known_scores (n,), unknown_scores (m,).
+    """
+
+    detector: DetectorName = "max_logit"
+    """What scores an image; max_logit of a model of this project orders as algorithm 1's score."""
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __call__(self, subject: Subject) -> Evaluation:
+        known, unknown, _ = _scores_of(subject, self.detector)
+        both = (len(known), len(unknown))
+        intervals = self.bootstrap.intervals({"auroc": (lambda i, j: auroc(known[i], unknown[j]), both)})
+        arrays = {"known_scores": known, "unknown_scores": unknown}
+        return Evaluation(detection_metrics(known, unknown), intervals, arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detectors:
+    """Several detectors side by side.
+
+    Numbers, for each detector NAME: NAME/auroc, NAME/oscr, NAME/tnr_at_95_tpr, NAME/dtacc, NAME/auin, NAME/auout; and
+    closed_set_accuracy, which all share. Arrays: NAME/known_scores (n,), NAME/unknown_scores (m,), known_correct (n,).
+    """
+
+    names: tuple[DetectorName, ...] = get_args(DetectorName)
+    """Which to compare."""
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise InputError("detectors.names is empty; name at least one detector")
+
+    def __call__(self, subject: Subject) -> Evaluation:
+        numbers, intervals, arrays = {}, {}, {}
+        for name in self.names:
+            osr = OpenSet(detector=name, bootstrap=self.bootstrap)(subject)
+            known, correct, unknown = osr.arrays.values()
+            numbers[f"{name}/oscr"] = osr.numbers["oscr"]
+            for metric, value in detection_metrics(known, unknown).items():
+                numbers[f"{name}/{metric}"] = value
+            for metric in osr.intervals.keys() & {"auroc", "oscr"}:
+                intervals[f"{name}/{metric}"] = osr.intervals[metric]
+            arrays |= {f"{name}/known_scores": known, f"{name}/unknown_scores": unknown, "known_correct": correct}
+        numbers["closed_set_accuracy"] = float(subject.correct().mean())
+        return Evaluation(numbers, intervals, arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntrinsicDimension:
+    """Intrinsic dimension of a partition's features by TwoNN (the paper's table 1), see `trainer.metrics.two_nn`.
+
+    Numbers: intrinsic_dimension (not a share), images. Arrays: log_ratio, log_survival, the points of the fit.
+    """
+
+    partition: Literal["train", "test_known", "test_unknown"] = "test_known"
+    """Whose images."""
+    max_images: int = 20_000
+    """At most so many of them, chosen at random with seed 0; 3 or more. Time grows with the square."""
+
+    def __post_init__(self) -> None:
+        if self.max_images < 3:
+            raise InputError(f"dimension.max-images is {self.max_images}; set it to 3 or more")
+
+    def __call__(self, subject: Subject) -> Evaluation:
+        features = subject.outputs(self.partition).features.numpy()
+        chosen = np.random.default_rng(0).permutation(len(features))[: self.max_images]
+        found = two_nn(features[chosen])
+        return Evaluation(
+            {"intrinsic_dimension": found.dimension, "images": float(len(chosen))},
+            arrays={"log_ratio": found.log_ratio, "log_survival": found.log_survival},
+        )
+
+
+def _scores_of(subject: Subject, name: DetectorName) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the known (n,) and the unknown (m,) test images, and whether the known ones are classified right."""
+    train = None if name in WITHOUT_FITTING else (subject.outputs("train"), subject.labels("train"))
+    score = fit_detector(name, train)
+    known, unknown = (score(subject.outputs(partition)) for partition in ("test_known", "test_unknown"))
+    return known, unknown, subject.correct()
