@@ -105,10 +105,10 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     assert "4 of 4 cells to compute" in said and not config.path.exists()
 
     # One cell fails as a bug would, and the rest goes on.
-    def fail_once(config, console, train=module.train):
+    def fail_once(config, *others, train=module.train):
         if config.method == "cross_entropy" and config.split == 0:
             raise ZeroDivisionError("a bug")
-        train(config, console)
+        train(config, *others)
 
     monkeypatch.setattr(module, "train", fail_once)
     console = output()
@@ -121,7 +121,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     monkeypatch.undo()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "train", lambda c, console, train=module.train: (trained.append(c), train(c, console)))
+    monkeypatch.setattr(module, "train", lambda c, *rest, train=module.train: (trained.append(c), train(c, *rest)))
     result = reproduce(config, console := output())
     assert [(c.method, c.split) for c in trained] == [("cross_entropy", 0)]
     said = console.export_text()

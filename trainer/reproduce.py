@@ -220,12 +220,12 @@ def reproduce(config: ReproduceConfig, console: Console) -> dict[str, Any]:
     if config.dry_run:
         return {}
     run = opened(config, console)
-    prepare = Builds(config, console)
+    data = Data(config, device, console)
     failed = []
     for number, cell in enumerate(todo, 1):
         run.log(f"[{number}/{len(todo)}] {cell.name}")
         try:
-            compute(cell, prepare(cell.protocol), device, console)
+            compute(cell, data.of(cell.protocol), console)
         except InputError as error:
             failed.append(f"{cell.name}: {error}")
         except Exception as error:
@@ -322,24 +322,27 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-class Builds:
-    """The files of each protocol, built by the first rank unless they are there."""
+class Data:
+    """The images of each protocol: built by the first rank unless they are there, decoded once for cells in a row."""
 
-    def __init__(self, config: ReproduceConfig, console: Console) -> None:
-        self.config, self.console = config, console
-        self._outcomes: dict[Protocol, Build | InputError] = {}
+    def __init__(self, config: ReproduceConfig, device: torch.device, console: Console) -> None:
+        self.config, self.device, self.console = config, device, console
+        self._latest: Partitions | None = None
+        self._missing: dict[Protocol, InputError] = {}
 
-    def __call__(self, protocol: Protocol) -> Build:
+    def of(self, protocol: Protocol) -> Partitions:
         """Raises `InputError` if they are not to be had; the reason is found out once."""
-        if protocol not in self._outcomes:
+        if protocol in self._missing:
+            raise self._missing[protocol]
+        if self._latest is None or self._latest.build.protocol != protocol:
+            self._latest = None  # frees its images
             try:
-                self._outcomes[protocol] = from_first_rank(lambda: self._find(protocol))
+                made = from_first_rank(lambda: self._find(protocol))
             except InputError as error:
-                self._outcomes[protocol] = error
-        outcome = self._outcomes[protocol]
-        if isinstance(outcome, InputError):
-            raise outcome
-        return outcome
+                self._missing[protocol] = error
+                raise
+            self._latest = Partitions(made, self.device, self.config.workers)
+        return self._latest
 
     def _find(self, protocol: Protocol) -> Build:
         config = self.config
@@ -362,12 +365,12 @@ class Builds:
         return build(wanted, self.console)
 
 
-def compute(cell: Cell, made: Build, device: torch.device, console: Console) -> None:
+def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
     """Train and measure one cell; its numbers go to evaluation.json."""
     # Somebody who watches sees a progress bar; the epochs of all cells would bury the table in a file.
     shown = console if console.is_terminal else None
-    train(dataclasses.replace(cell.config, data=made.folder), shown)
-    from_first_rank(lambda: measure(cell, Partitions(made, device, cell.config.workers)))
+    train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
+    from_first_rank(lambda: measure(cell, partitions))
 
 
 def measure(cell: Cell, partitions: Partitions) -> None:

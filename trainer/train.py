@@ -429,10 +429,14 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -
         run.console.print(metrics_table(result, f"{protocol.name}, split {protocol.split} (percent)"))
 
 
-def train(config: TrainConfig, console: Console | None) -> None:
-    """The whole run, on every rank; the first one keeps the records."""
+def train(config: TrainConfig, console: Console | None, partitions: Partitions | None = None) -> None:
+    """The whole run, on every rank; the first one keeps the records. `partitions`, if given, are those of
+    `config.data`, decoded for several runs."""
     device = join_ranks()
-    build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+    if partitions is None:
+        build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+        partitions = Partitions(build, device, config.workers)
+    build = partitions.build
     smallest = min(build.record("train").class_counts)
     if config.k > smallest:
         raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
@@ -441,7 +445,7 @@ def train(config: TrainConfig, console: Console | None) -> None:
         from_first_rank(lambda: check_store(uri))
     run, finished = open_run(config, identity, console)
     if not finished:
-        trainer = Trainer(config, Partitions(build, device, config.workers))
+        trainer = Trainer(config, partitions)
         # Not before everything is known to fit: what the folder holds may be discarded here.
         from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
         run.log(
