@@ -175,15 +175,16 @@ class AdversarialAttacks:
 
         numbers = {f"clean/{name}": value for name, value in measure(logits, unknown_logits).items()}
         cases = [(attack, epsilon) for attack in self.attacks for epsilon in self.epsilons]
+        options = {"steps": self.steps, "seed": self.seed}
         for attack, epsilon in subject.track(cases, "attacks", len(cases)):
             prefix = f"{attack}/{epsilon:g}"
-            attacked = _logits(model, self._attack(classifier, attack, epsilon, pixels, labels, targeted=False))
+            changed = _attack(classifier, attack, epsilon, pixels, labels, targeted=False, **options)
+            attacked = _logits(model, changed)
             numbers |= {f"{prefix}/{name}": value for name, value in measure(attacked, None).items()}
             if unknown_pixels is not None:
                 nearest = unknown_logits.argmax(dim=1)
-                disguised = _logits(
-                    model, self._attack(classifier, attack, epsilon, unknown_pixels, nearest, targeted=True)
-                )
+                changed = _attack(classifier, attack, epsilon, unknown_pixels, nearest, targeted=True, **options)
+                disguised = _logits(model, changed)
                 numbers[f"{prefix}/auroc"] = measure(attacked, disguised)["auroc"]
                 numbers[f"{prefix}/auroc_known_attacked"] = measure(attacked, unknown_logits)["auroc"]
         arrays = {"epsilons": np.array([0.0, *self.epsilons])}
@@ -194,27 +195,36 @@ class AdversarialAttacks:
                 arrays[f"{short}/{attack}"] = np.array([numbers[f"{name}/{metric}"] for name in names])
         return Evaluation(numbers, arrays=arrays)
 
-    def _attack(
-        self, classifier: Any, attack: Attack, epsilon: float, pixels: Tensor, labels: Tensor, *, targeted: bool
-    ) -> Tensor:
-        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
 
-        limit, options = epsilon / 255, {"targeted": targeted, "batch_size": _BATCH}
-        if attack == "fgsm":
-            method = FastGradientMethod(classifier, eps=limit, **options)
-        else:
-            method = ProjectedGradientDescentPyTorch(
-                classifier,
-                eps=limit,
-                eps_step=2.5 * limit / self.steps,
-                max_iter=self.steps,
-                num_random_init=1,
-                verbose=False,
-                **options,
-            )
-        with _numpy_seed(self.seed):
-            attacked = method.generate(pixels.numpy(), y=labels.numpy())
-        return torch.from_numpy(attacked).float()
+def _attack(
+    classifier: Any,
+    attack: Attack,
+    epsilon: float,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    targeted: bool,
+    steps: int,
+    seed: int,
+) -> Tensor:
+    """Pixels (N, C, h, w) changed by at most ε / 255, to make `labels` (N,) less likely, or likelier if `targeted`."""
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
+
+    limit, options = epsilon / 255, {"targeted": targeted, "batch_size": _BATCH}
+    if attack == "fgsm":
+        method = FastGradientMethod(classifier, eps=limit, **options)
+    else:
+        method = ProjectedGradientDescentPyTorch(
+            classifier,
+            eps=limit,
+            eps_step=2.5 * limit / steps,
+            max_iter=steps,
+            num_random_init=1,
+            verbose=False,
+            **options,
+        )
+    with _numpy_seed(seed):
+        return torch.from_numpy(method.generate(pixels.cpu().numpy(), y=labels.cpu().numpy())).float()
 
 
 class _Logits(nn.Module):
