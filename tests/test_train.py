@@ -200,6 +200,7 @@ def test_same_step_peaks_leave_gradients_and_statistics_alone(config):
         MixingConfig(gamma_per="sample", num_patches=2),
         MixingConfig(layers=("conv3_2", "conv4_2", "conv5_2"), attribution="gradcam", gradient_sign=-1),
         MixingConfig(peaks_from="same_step"),
+        MixingConfig(place="least"),
     ],
     ids=lambda mixing: f"{mixing.kind}-{mixing.gamma_per}-{len(mixing.layers)}-{mixing.peaks_from}",
 )
@@ -214,6 +215,29 @@ def test_every_way_of_mixing_trains(config, mixing):
     assert history[-6:, 0].mean() < history[:6, 0].mean(), "the loss does not fall"
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
     assert (history[:, 3] != 0).all() == (mixing.kind != "none")
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "arpl", "simclr", "supcon", "supcon+simclr"])
+def test_every_method_trains_and_its_model_is_measured(config, method, tmp_path):
+    of_method = recipe("digits", method)
+    own = {name: getattr(of_method, name) for name in ("method", "objective", "mixing", "optimizer")}
+    config = dataclasses.replace(config, **own, epochs=4, tracking=TrackingConfig(offline=True))
+    train(config, QUIET)
+    journal = [json.loads(line)["metrics"] for line in (config.folder / "journal.jsonl").read_text().splitlines()]
+    losses = [line["train/total"] for line in journal if "train/total" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    model = OpenSetModel.load(config.folder / "model")
+    assert model.card.method == method
+    result = evaluate(
+        EvaluateConfig(model=str(config.folder / "model"), data=config.data, run_dir=tmp_path / "evaluation"), QUIET
+    )
+    assert result["auroc"][10] > 0.6
+    test = Partitions(find_build(config.data, "digits", 0), torch.device("cpu"))["test_known"]
+    logits = model.logits(test.images)
+    assert (logits is None) == (config.objective.classifier is None)
+    if logits is not None:
+        assert logits.shape == (len(test.labels), 6)
+        assert (logits.argmax(dim=1) == test.labels).float().mean() > 0.5
 
 
 def test_phases_switch_the_objective(config):

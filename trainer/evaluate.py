@@ -47,9 +47,11 @@ def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -
         k=config.k,
         threshold=0.0,
         accept=config.accept,
+        method=config.method,
+        classifier=config.objective.classifier,
     )
     train = partitions["train"]
-    model = OpenSetModel(card, encoder, train.images.new_empty((0, config.encoder.embedding_dim)), train.labels)
+    model = OpenSetModel(card, encoder, train.images.new_empty((0, encoder.embedding_dim)), train.labels)
     model.gallery = model.embed(train.images)
     scores = model.score(partitions["calibration"].images, [config.k]).scores.squeeze(1)
     model.card = dataclasses.replace(card, threshold=calibrate_threshold(scores, config.accept))

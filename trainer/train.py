@@ -36,14 +36,14 @@ from data_pipeline.loader import Batch, Loader, Partitions, open_loader
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
-from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, peaks, random_places
+from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, places, random_places
 from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig, recipe
 from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
 from trainer.encoder import Encoder, load_encoder
 from trainer.engine import autocast_dtype, join_ranks, make_engine, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import build_model, evaluate_open_set, metrics_table
-from trainer.losses import Objective, objective
+from trainer.methods import Method, method_of
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.registry import register
 from trainer.tracking import (
@@ -57,11 +57,9 @@ from trainer.tracking import (
     without_password,
 )
 
-LOSS_PARTS = Objective._fields
-
 
 class Trainer:
-    """Everything one training run holds: data, views, engine, peaks."""
+    """Everything one training run holds: data, views, method, engine, peaks."""
 
     def __init__(self, config: TrainConfig, partitions: Partitions) -> None:
         self.config, self.partitions = config, partitions
@@ -82,9 +80,10 @@ class Trainer:
             cache=config.cache,
         )
         self.peaks = PeakStore(self.loader.count, config.mixing.num_patches, device)
+        self.method: Method = method_of(config.objective)
 
         torch.manual_seed(config.seed)  # initial weights; all other random numbers are functions of their place
-        encoder = Encoder(config.encoder, self.build.manifest.channels)
+        encoder = new_encoder(config, self.build)
         if config.init_from is not None:
             load_encoder(encoder, config.init_from)
         if config.batch_norm == "global" and world_size() > 1:
@@ -100,9 +99,9 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch, epoch: int, step: int) -> Tensor:
-        """One forward, backward and update; returns the loss parts (4,) in the order of `LOSS_PARTS`, on the device."""
+        """One forward, backward and update; returns the method's loss parts in their order, on the device."""
         mixing, settings = self.config.mixing, self.config.objective_at(epoch)
-        mixes = mixing.kind != "none" and settings.lam > 0
+        mixes = mixing.kind != "none" and settings.takes_mixed_views
         layers = mixing.layers if mixes and mixing.uses_peaks else ()
         first, second = self.parameters(batch, epoch, 0), self.parameters(batch, epoch, 1)
         if mixes:
@@ -113,17 +112,11 @@ class Trainer:
         encoded = self.engine(views, retain)
         for feature_map in encoded.maps.values():
             feature_map.retain_grad()
-        losses = objective(
-            encoded.embeddings,
-            batch.labels,
-            mixed and mixed.gamma,
-            settings,
-            share=mixed and mixed.share,
-            partner=mixed and mixed.partner,
-        )
+        losses = self.method.losses(encoded, batch.labels, mixed, settings)
         self.engine.backward(losses.total)
         if retain:
-            found = peaks(*first_view_gradients(encoded.maps, len(batch.images)), mixing)
+            maps = first_view_gradients(encoded.maps, len(batch.images))
+            found = places(*maps, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
             self.peaks.update(batch.indices, first.geometry.to_source(found))
         self.engine.step()
         return torch.stack(losses).detach()
@@ -183,19 +176,20 @@ class Trainer:
         with frozen_statistics(encoder):
             with autocast:
                 encoded = encoder(views, mixing.layers)
-            losses = objective(encoded.embeddings, batch.labels, None, self.config.objective_at(epoch))
+            losses = self.method.losses(encoded, batch.labels, None, self.config.objective_at(epoch))
             maps = list(encoded.maps.values())
             gradients = torch.autograd.grad(losses.total, maps)
         n = len(batch.images)
-        return peaks([a.detach()[:n] for a in maps], [g[:n] for g in gradients], mixing)
+        found = [a.detach()[:n] for a in maps], [g[:n] for g in gradients]
+        return places(*found, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
 
 
 class LossLog:
     """The loss parts of an epoch. They stay on the device until they are read, so that no step waits for the host."""
 
-    def __init__(self, epoch: int, step: int, sums: Sequence[float]) -> None:
-        """Continue epoch `epoch`, of which `step` steps are done and their loss parts add up to `sums`."""
-        self.epoch, self.step, self.sums = epoch, step, [*sums] or [0.0] * len(LOSS_PARTS)
+    def __init__(self, names: Sequence[str], epoch: int, step: int, sums: Sequence[float]) -> None:
+        """Continue epoch `epoch`, of which `step` steps are done and their loss parts `names` add up to `sums`."""
+        self.names, self.epoch, self.step, self.sums = names, epoch, step, [*sums] or [0.0] * len(names)
         self._rows: list[Tensor] = []
 
     def add(self, parts: Tensor) -> None:
@@ -214,17 +208,17 @@ class LossLog:
         for row in rows[:, :-1].tolist():
             self.step += 1
             if not all(map(math.isfinite, row)):
-                parts = ", ".join(f"{name} {value:g}" for name, value in zip(LOSS_PARTS, row))
+                parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, row))
                 raise InputError(
                     f"the loss is not finite in epoch {self.epoch + 1}, step {self.step} ({parts}): "
                     f"lower --optimizer.learning-rate; the last good checkpoint is {last_checkpoint() or 'none'}"
                 )
             self.sums = [total + value for total, value in zip(self.sums, row)]
         means = rows.mean(dim=0).tolist()
-        return dict(zip(LOSS_PARTS, means)), means[-1] > 0
+        return dict(zip(self.names, means)), means[-1] > 0
 
     def epoch_means(self) -> dict[str, float]:
-        return {name: total / self.step for name, total in zip(LOSS_PARTS, self.sums)}
+        return {name: total / self.step for name, total in zip(self.names, self.sums)}
 
 
 def training_epochs(
@@ -245,7 +239,7 @@ def training_epochs(
     with progress_bar(run.console) as bar, requests_to_stop() as asked:
         task = bar.add_task("", total=config.total_epochs * len(loader), losses="")
         for epoch in range(progress.epoch, config.total_epochs):
-            losses = LossLog(epoch, progress.step, progress.loss_sums)
+            losses = LossLog(trainer.method.parts, epoch, progress.step, progress.loss_sums)
             first_step, earlier, started = progress.step, progress.epoch_seconds, time.perf_counter()
             for step, batch in enumerate(loader.epoch(epoch, first_step), first_step):
                 losses.add(trainer.train_step(batch, epoch, step))
@@ -377,9 +371,15 @@ def log_evaluation(trainer: Trainer, tracker: Tracker, epoch: int) -> None:
     tracker.log(flat_metrics(evaluate_open_set(model, trainer.partitions, trainer.config.ks)), epoch)
 
 
+def new_encoder(config: TrainConfig, build: Build) -> Encoder:
+    """An untrained encoder with what the method needs on top."""
+    manifest = build.manifest
+    return Encoder(config.encoder, manifest.channels, config.objective.classifier, len(manifest.class_names))
+
+
 def portable_encoder(trainer: Trainer) -> Encoder:
     """A float32 copy of the encoder outside of the engine."""
-    encoder = Encoder(trainer.config.encoder, trainer.build.manifest.channels)
+    encoder = new_encoder(trainer.config, trainer.build)
     encoder.load_state_dict(trainer.engine.module.state_dict())
     return encoder.to(trainer.device)
 
@@ -544,18 +544,23 @@ class _Launch:
 
     protocol: str = "digits"
     """Protocol, which chooses the defaults of everything else."""
+    method: str = "gradmix"
+    """Method, which chooses them too."""
     local_rank: int = 0
     """Given by the deepspeed launcher; the environment says the same."""
 
 
 def parse_config(args: Sequence[str]) -> TrainConfig:
-    """The configuration from the command line: the protocol's recipe, with what was given replaced."""
+    """The configuration from the command line: the method's recipe on the protocol, with what was given replaced."""
     launch, rest = tyro.cli(_Launch, args=args, return_unknown_args=True, add_help=False)
     return cli.parse(
         TrainConfig,
         prog="python -m trainer.train",
-        description=f"Train an encoder, measure it and register the model. Defaults shown: recipe {launch.protocol}.",
-        default=recipe(launch.protocol),
+        description=(
+            "Train an encoder, measure it and register the model. "
+            f"Options and defaults shown: method {launch.method} on {launch.protocol}."
+        ),
+        default=recipe(launch.protocol, launch.method),
         args=rest,
     )
 
