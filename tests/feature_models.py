@@ -55,7 +55,7 @@ def colour_data(seed: int = 0, size: int = SIZE) -> dict[str, Batch]:
     }
 
 
-def open_set_model(k: int = 3) -> OpenSetModel:
+def open_set_model(k: int = 3, classifier: str | None = None) -> OpenSetModel:
     """Of digits, split 0, with random weights and a random gallery."""
     torch.manual_seed(0)
     protocol = Protocol("digits")
@@ -63,6 +63,8 @@ def open_set_model(k: int = 3) -> OpenSetModel:
         protocol=protocol.to_dict(), split_hash=protocol.split_hash, class_names=tuple(map(str, protocol.known)),
         encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=8), image_size=16, channels=1,
         mean=protocol.info.mean, std=protocol.info.std, k=k, threshold=0.0, accept=0.95,
+        classifier=classifier,
     )  # fmt: skip
-    gallery = nn.functional.normalize(torch.randn(48, 8), dim=1)
-    return OpenSetModel(card, Encoder(card.encoder, 1), gallery, torch.arange(48) % 6)
+    encoder = Encoder(card.encoder, 1, classifier, len(card.class_names))
+    gallery = nn.functional.normalize(torch.randn(48, encoder.embedding_dim), dim=1)
+    return OpenSetModel(card, encoder, gallery, torch.arange(48) % 6)

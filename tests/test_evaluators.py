@@ -76,6 +76,15 @@ class TestFeatureModel:
             again = torch.nn.functional.normalize(ours.encoder.head(features), dim=1)
         torch.testing.assert_close(again, ours.embed(images), atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("classifier", ["linear", "reciprocal"])
+    def test_a_classifier_of_this_project(self, classifier):
+        ours = open_set_model(classifier=classifier)
+        images = torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
+        outputs = FeatureModel.of(ours)(images)
+        torch.testing.assert_close(outputs.logits, ours.logits(images), atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.encoder.classifier(outputs.features)[0], outputs.logits)
+
     def test_a_gallery_gives_classes_to_features(self):
         data = colour_data()
         model = colour_model(with_logits=False).with_gallery(data["train"].images, data["train"].labels, k=4)

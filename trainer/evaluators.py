@@ -74,15 +74,17 @@ class FeatureModel:
         self.device = tensors[0].device if tensors else torch.device("cpu")
 
     @classmethod
-    def of(cls, model: OpenSetModel, features: Features = "embedding") -> FeatureModel:
-        """A model of this project. Its logits are `gallery_logits` of its embeddings, so that the largest of them, over
-        all images, orders as algorithm 1's score.
+    def of(cls, model: OpenSetModel, features: Features | None = None) -> FeatureModel:
+        """A model of this project. Its logits are its classifier's, or without one `gallery_logits` of its embeddings,
+        so that the largest of them orders as algorithm 1's score.
 
         Args:
-            features: embedding: what the projection head makes, of length 1; backbone: the pooled last feature map
-                before it.
+            features: embedding: what the projection head makes, of length 1; backbone: the pooled last feature map.
+                Default: the embedding, but with a classifier, which has no head, the backbone.
         """
         card = model.card
+        if features is None:
+            features = "embedding" if model.encoder.classifier is None else "backbone"
         return cls(
             _OpenSetNetwork(model, features),
             image_size=card.image_size,
@@ -267,11 +269,15 @@ class _OpenSetNetwork(nn.Module):
     def __init__(self, model: OpenSetModel, features: Features) -> None:
         super().__init__()
         self.encoder, self.features, self.k = model.encoder, features, model.card.k
-        self.gallery = _by_class(model.gallery, model.gallery_labels, self.k)
+        self.gallery = None
+        if model.encoder.classifier is None:
+            self.gallery = _by_class(model.gallery, model.gallery_labels, self.k)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.encoder(views, ["conv5_2"])
-        logits = gallery_logits(encoded.embeddings, self.gallery, self.k)
+        logits = encoded.logits
+        if self.gallery is not None:
+            logits = gallery_logits(encoded.embeddings, self.gallery, self.k)
         backbone = encoded.maps["conv5_2"].mean(dim=(2, 3))
         return encoded.embeddings if self.features == "embedding" else backbone, logits
 
