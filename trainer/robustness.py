@@ -130,13 +130,14 @@ class AdversarialAttacks:
         fgsm   one step of ε along the sign of the gradient (Goodfellow et al. 2015)
         pgd    several smaller steps from a random start, each brought back to within ε (Madry et al. 2018)
 
-    Known images are attacked so that their own class becomes less likely, unknown ones so that the class they are
-    nearest to becomes likelier, that is, to be taken for known. The score is the largest logit.
+    Accuracy is measured on known images changed so that the cross entropy of their class rises. AUROC is that of the
+    largest logit, with its own attack: it is lowered on known images, to be turned away, and raised on unknown ones, to
+    be let in.
 
-    Numbers, with clean before the first attack: clean/closed_set_accuracy, clean/auroc, and for each ATTACK and EPSILON
-    (in 255ths) ATTACK/EPSILON/closed_set_accuracy, ATTACK/EPSILON/auroc with known and unknown images attacked, and
-    ATTACK/EPSILON/auroc_known_attacked with the known ones alone; AUROC only where the data has unknown images. Arrays:
-    epsilons (E + 1,), from 0, and for each attack accuracy/ATTACK and auroc/ATTACK (E + 1,).
+    Numbers: clean/closed_set_accuracy, clean/auroc, and for each ATTACK and EPSILON (in 255ths)
+    ATTACK/EPSILON/closed_set_accuracy, ATTACK/EPSILON/auroc with known and unknown images attacked, and
+    ATTACK/EPSILON/auroc_unknown_attacked with the unknown ones alone; AUROC only where the data has unknown images.
+    Arrays: epsilons (E + 1,), from 0, and for each attack accuracy/ATTACK and auroc/ATTACK (E + 1,).
     """
 
     attacks: tuple[Attack, ...] = ("fgsm", "pgd")
@@ -157,38 +158,41 @@ class AdversarialAttacks:
             raise InputError("attacks.steps and attacks.max-images: set them to 1 or more")
 
     def __call__(self, subject: Subject) -> Evaluation:
-        model = subject.model
+        model, options = subject.model, {"steps": self.steps, "seed": self.seed}
         known = subject.some("test_known", self.max_images)
         pixels, labels = model.pixels(known.images).cpu(), known.labels.cpu()
         logits = _logits(model, pixels)
-        unknown_pixels = unknown_logits = None
+        shape, classes = tuple(pixels.shape[1:]), logits.shape[1]
+        by_class = _classifier(model, nn.CrossEntropyLoss(), shape, classes)
+        by_score = _classifier(model, _LogitOf(), shape, classes)
+        unknown = None
         if "test_unknown" in subject:
-            unknown_pixels = model.pixels(subject.some("test_unknown", self.max_images).images).cpu()
-            unknown_logits = _logits(model, unknown_pixels)
-        classifier = _classifier(model, tuple(pixels.shape[1:]), logits.shape[1])
+            unknown = model.pixels(subject.some("test_unknown", self.max_images).images).cpu()
+            unknown_logits = _logits(model, unknown)
 
-        def measure(known_logits: Tensor, unknown_logits: Tensor | None) -> dict[str, float]:
-            found = {"closed_set_accuracy": float((known_logits.argmax(dim=1) == labels).float().mean())}
-            if unknown_logits is not None:
-                found["auroc"] = auroc(*(each.amax(dim=1).numpy() for each in (known_logits, unknown_logits)))
-            return found
+        def accuracy(known_logits: Tensor) -> float:
+            return float((known_logits.argmax(dim=1) == labels).double().mean())
 
-        numbers = {f"clean/{name}": value for name, value in measure(logits, unknown_logits).items()}
+        def separation(known_logits: Tensor, unknown_logits: Tensor) -> float:
+            return auroc(known_logits.amax(dim=1), unknown_logits.amax(dim=1))
+
+        numbers = {"clean/closed_set_accuracy": accuracy(logits)}
+        if unknown is not None:
+            numbers["clean/auroc"] = separation(logits, unknown_logits)
         cases = [(attack, epsilon) for attack in self.attacks for epsilon in self.epsilons]
-        options = {"steps": self.steps, "seed": self.seed}
         for attack, epsilon in subject.track(cases, "attacks", len(cases)):
             prefix = f"{attack}/{epsilon:g}"
-            changed = _attack(classifier, attack, epsilon, pixels, labels, targeted=False, **options)
-            attacked = _logits(model, changed)
-            numbers |= {f"{prefix}/{name}": value for name, value in measure(attacked, None).items()}
-            if unknown_pixels is not None:
-                nearest = unknown_logits.argmax(dim=1)
-                changed = _attack(classifier, attack, epsilon, unknown_pixels, nearest, targeted=True, **options)
-                disguised = _logits(model, changed)
-                numbers[f"{prefix}/auroc"] = measure(attacked, disguised)["auroc"]
-                numbers[f"{prefix}/auroc_known_attacked"] = measure(attacked, unknown_logits)["auroc"]
+            confused = _attack(by_class, attack, epsilon, pixels, labels, raise_loss=True, **options)
+            numbers[f"{prefix}/closed_set_accuracy"] = accuracy(_logits(model, confused))
+            if unknown is not None:
+                nearest = [each.argmax(dim=1) for each in (logits, unknown_logits)]
+                lowered = _attack(by_score, attack, epsilon, pixels, nearest[0], raise_loss=False, **options)
+                raised = _attack(by_score, attack, epsilon, unknown, nearest[1], raise_loss=True, **options)
+                disguised = _logits(model, raised)
+                numbers[f"{prefix}/auroc"] = separation(_logits(model, lowered), disguised)
+                numbers[f"{prefix}/auroc_unknown_attacked"] = separation(logits, disguised)
         arrays = {"epsilons": np.array([0.0, *self.epsilons])}
-        metrics = {"accuracy": "closed_set_accuracy"} | ({} if unknown_pixels is None else {"auroc": "auroc"})
+        metrics = {"accuracy": "closed_set_accuracy"} | ({} if unknown is None else {"auroc": "auroc"})
         for attack in self.attacks:
             for short, metric in metrics.items():
                 names = ["clean", *(f"{attack}/{epsilon:g}" for epsilon in self.epsilons)]
@@ -203,14 +207,15 @@ def _attack(
     pixels: Tensor,
     labels: Tensor,
     *,
-    targeted: bool,
+    raise_loss: bool,
     steps: int,
     seed: int,
 ) -> Tensor:
-    """Pixels (N, C, h, w) changed by at most ε / 255, to make `labels` (N,) less likely, or likelier if `targeted`."""
+    """Pixels (N, C, h, w) changed by at most ε / 255, to raise or lower the classifier's loss for `labels` (N,)."""
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
 
-    limit, options = epsilon / 255, {"targeted": targeted, "batch_size": _BATCH}
+    # A targeted attack lowers the loss.
+    limit, options = epsilon / 255, {"targeted": not raise_loss, "batch_size": _BATCH}
     if attack == "fgsm":
         method = FastGradientMethod(classifier, eps=limit, **options)
     else:
@@ -238,12 +243,19 @@ class _Logits(nn.Module):
         return self.model.outputs(pixels).need_logits()
 
 
-def _classifier(model: FeatureModel, shape: tuple[int, ...], classes: int) -> Any:
+class _LogitOf(nn.Module):
+    """The mean over images of the logit of their label; labels are one-hot (N, C), as the toolbox passes them."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits * labels).sum(dim=1).mean()
+
+
+def _classifier(model: FeatureModel, loss: nn.Module, shape: tuple[int, ...], classes: int) -> Any:
     from art.estimators.classification import PyTorchClassifier
 
     return PyTorchClassifier(
         model=_Logits(model),
-        loss=nn.CrossEntropyLoss(),
+        loss=loss,
         input_shape=shape,
         nb_classes=classes,
         clip_values=(0.0, 1.0),
