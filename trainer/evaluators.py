@@ -14,9 +14,9 @@ shares in [0, 1] unless their name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch
+from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
 from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.metrics import (
@@ -73,15 +74,17 @@ class FeatureModel:
         self.device = tensors[0].device if tensors else torch.device("cpu")
 
     @classmethod
-    def of(cls, model: OpenSetModel, features: Features = "embedding") -> FeatureModel:
-        """A model of this project. Its logits are `gallery_logits` of its embeddings, so that the largest of them, over
-        all images, orders as algorithm 1's score.
+    def of(cls, model: OpenSetModel, features: Features | None = None) -> FeatureModel:
+        """A model of this project. Its logits are its classifier's, or without one `gallery_logits` of its embeddings,
+        so that the largest of them orders as algorithm 1's score.
 
         Args:
-            features: embedding: what the projection head makes, of length 1; backbone: the pooled last feature map
-                before it.
+            features: embedding: what the projection head makes, of length 1; backbone: the pooled last feature map.
+                Default: the embedding, but with a classifier, which has no head, the backbone.
         """
         card = model.card
+        if features is None:
+            features = "embedding" if model.encoder.classifier is None else "backbone"
         return cls(
             _OpenSetNetwork(model, features),
             image_size=card.image_size,
@@ -120,6 +123,23 @@ class FeatureModel:
         features, logits = (result, None) if isinstance(result, Tensor) else result
         return Outputs(features.float(), None if logits is None else logits.float())
 
+    def maps(self, pixels: Tensor) -> tuple[Outputs, Tensor]:
+        """As `outputs`, and the output (M, K, h', w') of `layer` on the way there, of which gradients can be taken.
+
+        Raises:
+            InputError: the model has no `layer`.
+        """
+        if self.layer is None:
+            raise InputError("this model names no layer to look at: give FeatureModel one with layer=")
+        caught: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda module, inputs, output: caught.append(output))
+        try:
+            # Weights may be frozen; what depends on the pixels has a gradient all the same.
+            outputs = self.outputs(pixels.detach().requires_grad_())
+        finally:
+            handle.remove()
+        return outputs, caught[-1]
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Outputs:
         """Outputs of uint8 images (M, H, W, C) of any size, M ≥ 1, batch by batch, on the CPU."""
@@ -137,13 +157,30 @@ class Data(Protocol):
     def __getitem__(self, name: str) -> Batch: ...
 
 
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Goes through what it is given and shows, under a name, how far it is of so many."""
+
+
 class Subject:
     """A model and the images it is measured on. What it makes of a partition is computed once."""
 
-    def __init__(self, model: FeatureModel, data: Data, class_names: Sequence[str] = ()) -> None:
-        """`class_names` are those of the known classes, in label order; only reading official corrupted images needs
-        them."""
-        self.model, self.data, self.class_names = model, data, tuple(class_names)
+    def __init__(
+        self,
+        model: FeatureModel,
+        data: Data,
+        *,
+        classes: Sequence[ClassId] = (),
+        class_names: Sequence[str] = (),
+        track: Track = lambda items, name, total: items,
+    ) -> None:
+        """
+        Args:
+            classes, class_names: the known classes in label order, as their dataset numbers and names them; it takes
+                them to read official corrupted images.
+            track: shows the progress of evaluators that take long.
+        """
+        self.model, self.data, self.track = model, data, track
+        self.classes, self.class_names = tuple(classes), tuple(class_names)
         self._outputs: dict[str, Outputs] = {}
 
     def __contains__(self, partition: str) -> bool:
@@ -153,6 +190,14 @@ class Subject:
         if partition not in self.data:
             raise InputError(f"this data has no {partition} images: choose a protocol that has, or another task")
         return self.data[partition]
+
+    def some(self, partition: str, most: int | None) -> Batch:
+        """At most so many of a partition's images, chosen at random with seed 0, in the partition's order."""
+        batch = self.batch(partition)
+        if most is None or most >= len(batch.labels):
+            return batch
+        chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(batch.labels))[:most]))
+        return Batch(*(column[chosen.to(column.device)] for column in batch))
 
     def labels(self, partition: str) -> np.ndarray:
         """(M,) int64, -1 for unknown."""
@@ -224,11 +269,15 @@ class _OpenSetNetwork(nn.Module):
     def __init__(self, model: OpenSetModel, features: Features) -> None:
         super().__init__()
         self.encoder, self.features, self.k = model.encoder, features, model.card.k
-        self.gallery = _by_class(model.gallery, model.gallery_labels, self.k)
+        self.gallery = None
+        if model.encoder.classifier is None:
+            self.gallery = _by_class(model.gallery, model.gallery_labels, self.k)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.encoder(views, ["conv5_2"])
-        logits = gallery_logits(encoded.embeddings, self.gallery, self.k)
+        logits = encoded.logits
+        if self.gallery is not None:
+            logits = gallery_logits(encoded.embeddings, self.gallery, self.k)
         backbone = encoded.maps["conv5_2"].mean(dim=(2, 3))
         return encoded.embeddings if self.features == "embedding" else backbone, logits
 
