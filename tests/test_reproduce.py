@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.protocols import protocol_names, split_count
 from trainer import reproduce as module
 from trainer.experiments import EXPERIMENTS, experiment, published
-from trainer.reproduce import BUDGETS, ReproduceConfig, full_name, plan, reproduce
+from trainer.reproduce import BUDGETS, ReproduceConfig, plan, reproduce, table_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +27,11 @@ def output() -> Console:
     return Console(record=True, width=140, quiet=False, file=open("/dev/null", "w"))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "figure4"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_cell_of_every_experiment_is_a_configuration(name, budget):
-    chosen, cells = experiment(name), plan(ReproduceConfig(experiment=name, budget=budget))
+    config = ReproduceConfig(experiment=name, budget=budget)
+    chosen, cells = experiment(config.experiment), plan(config)
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names) and set(chosen.protocols) <= set(protocol_names())
     assert len({cell.config.folder for cell in cells}) == len(cells)
@@ -40,7 +41,7 @@ def test_every_cell_of_every_experiment_is_a_configuration(name, budget):
     for row in chosen.rows:
         # Every number of the table is found by a measure of its variant.
         for column in chosen.columns:
-            assert full_name(row, column).rpartition("/")[0] in variants[row.variant].measures
+            assert (column.measure or row.measure) in variants[row.variant].measures
     for cell in cells:
         assert cell.config.protocol == cell.protocol.name and cell.config.split == cell.protocol.split
         limit = BUDGETS[budget]
@@ -65,7 +66,7 @@ def test_published_figures_are_the_papers():
     assert published("table3")["rows"]["GradMix"]["cifar100-closed"] == {"closed_set_accuracy": 78.0}
     assert published("table4")["rows"]["GradMix"]["cifar10-ood-svhn"]["dtacc"] == 99.81
     for name in EXPERIMENTS:
-        columns = {column.number.rpartition("/")[2] for column in experiment(name).columns}
+        columns = {column.number for column in experiment(name).columns}
         for label, protocols in published(name)["rows"].items():
             assert protocols.keys() <= set(experiment(name).protocols), label
             for numbers in protocols.values():
@@ -73,11 +74,17 @@ def test_published_figures_are_the_papers():
 
 
 def test_published_only_rows_come_first_and_measured_ones_keep_their_figures():
-    cells = plan(ReproduceConfig(experiment="table2", protocols=("cifar10",), splits=(0,)))
-    rows = {row["label"]: row for row in module.protocol_rows("table2", cells)}
-    assert list(rows)[:2] == ["G-OpenMax", "OSRCI"] and list(rows)[-1] == "GradMix"
-    assert rows["ARPL"]["published"] == {"auroc": 90.1} and rows["ARPL"]["measured"] == {}
-    assert rows["MEDAF"]["mark"] and rows["SimCLR"]["published"] == {}
+    config = ReproduceConfig(experiment="table2", protocols=("cifar10", "mnist"), splits=(0,), variants=("arpl",))
+    result = table_of(config, plan(config))
+    assert result.columns[:5] == ("row", "protocol", "AUROC (%)", "OSCR (%)", "accuracy (%)")
+    rows = {row[:2]: row[2:] for row in result.rows}
+    assert list(rows)[:2] == [("G-OpenMax", "cifar10"), ("OSRCI", "cifar10")]
+    assert list(rows)[-1] == ("ARPL, algorithm 1", "mnist") and ("GRROSR", "mnist") not in rows
+    auroc, oscr = rows["ARPL", "cifar10"][:2]
+    assert (auroc.value, auroc.published, oscr.published) == (None, 90.1, None)
+    assert rows["ARPL", "cifar10"][3:] == ("0 of 1", None, None, None)
+    assert rows["MEDAF *", "cifar10"][0].published == 86.0
+    assert any("splits of its own" in note for note in result.notes)
 
 
 def test_a_budget_limits_and_never_raises():
@@ -100,7 +107,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
         source="parquet",  # not of digits, which are bundled
     )
     console = output()
-    assert reproduce(dataclasses.replace(config, dry_run=True), console) == {}
+    assert reproduce(dataclasses.replace(config, dry_run=True), console) is None
     said = console.export_text()
     assert "4 of 4 cells to compute" in said and not config.path.exists()
 
@@ -115,7 +122,10 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     with pytest.raises(InputError, match=r"1 of 4 cells failed.*cross_entropy-digits-0-seed0: ZeroDivisionError"):
         reproduce(config, console)
     assert "Traceback" in (config.path / "cross_entropy-digits-0-seed0.error.txt").read_text()
-    assert re.search(r"cross entropy +│ +— │ +[0-9.]+ │.*│ +1 of 2 │", console.export_text())
+    said = console.export_text()
+    assert (
+        re.search(r"cross entropy +│ +digits │ +[0-9.]+ │.*│ +1 of 2 │", said) and "3 of 4 finished, 1 failed" in said
+    )
 
     trained = []
     monkeypatch.undo()
@@ -125,26 +135,28 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     result = reproduce(config, console := output())
     assert [(c.method, c.split) for c in trained] == [("cross_entropy", 0)]
     said = console.export_text()
-    assert "Budget smoke: at most 2 epochs, 600 training images" in said and "4 of 4 cells" in said
+    assert "Budget smoke: at most 2 epochs, 600 training images" in said and "4 of 4 finished" in said
     assert not list(config.path.glob("*.error.txt"))
     table = (config.path / "table.txt").read_text()
     assert all(line in said for line in table.splitlines()) and "│ GradMix" in table
+    page = (config.path / "report.html").read_text()
+    assert "<svg" in page and "cross entropy, algorithm 1" in page
 
-    rows = {row["label"]: row for row in result["protocols"]["digits"]}
-    assert json.loads((config.path / "table.json").read_text()) == json.loads(json.dumps(result))
-    numbers = [
-        json.loads((config.path / f"gradmix-digits-{split}-seed0" / "evaluation.json").read_text())["numbers"]
-        for split in (0, 1)
-    ]
-    found = rows["GradMix"]["measured"]["auroc"]
-    assert found["mean"] == pytest.approx(statistics.fmean(n["osr/auroc"] for n in numbers))
-    assert found["std"] == pytest.approx(abs(numbers[0]["osr/auroc"] - numbers[1]["osr/auroc"]) / 2**0.5)
+    rows = {row[0]: row[2:] for row in result.rows}
+    records = [json.loads(path.read_text()) for path in sorted(config.path.glob("gradmix-*/evaluation.json"))]
+    values = [100 * record["numbers"]["osr/auroc"] for record in records]
+    found = rows["GradMix"][0]
+    assert found.value == pytest.approx(statistics.fmean(values))
+    assert found.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     # The run's own metrics, at k = 10, are the same number found another way.
     own = json.loads((config.path / "gradmix-digits-0-seed0" / "metrics.json").read_text())
-    assert own["auroc"]["10"] == pytest.approx(numbers[0]["osr/auroc"], abs=1e-4)
-    assert rows["cross entropy"]["measured"]["auroc"] != rows["cross entropy, algorithm 1"]["measured"]["auroc"]
-    assert all(row["published"] == {} for row in rows.values()) and "SimCLR" not in rows
-    assert result["finished"] == 4 and not result["failed"]
+    assert 100 * own["auroc"]["10"] == pytest.approx(values[0], abs=1e-2)
+    classifier = json.loads((config.path / "cross_entropy-digits-0-seed0" / "metrics.json").read_text())
+    by_gallery = json.loads((config.path / "cross_entropy-digits-0-seed0" / "evaluation.json").read_text())["numbers"]
+    assert classifier["auroc"]["10"] == pytest.approx(by_gallery["osr/auroc"], abs=1e-4)
+    assert by_gallery["max_logit/auroc"] != by_gallery["osr/auroc"]
+    assert all(number.published is None for row in rows.values() for number in row[:3]) and "SimCLR" not in rows
+    assert rows["GradMix"][3:6] == ("2", "600", "2")
 
     trained.clear()
     reproduce(config, output())

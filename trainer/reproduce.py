@@ -6,31 +6,29 @@ unfinished one resumes from its checkpoint, a failed one is tried again.
 
     reproductions/table2/short/config.json, log.txt         what was asked, what happened
                                gradmix-cifar10-0-seed0/     each cell's run folder; evaluation.json has its numbers
-                               table.json, table.txt        measured beside published; budget, hardware, commit
+                               report.html, table.*         measured beside published; budget, hardware, commit
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
 from data_pipeline import cli
 from data_pipeline.beton import Build, folder_name, read_build
@@ -42,14 +40,29 @@ from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol, split_count
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.sources import SOURCE_KINDS
+from trainer import checkpoint, plots
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.distributed import from_first_rank, world_size
-from trainer.encoder import Encoder
+from trainer.encoder import Encoder, load_encoder
 from trainer.engine import join_ranks
-from trainer.evaluators import FeatureModel, Subject
-from trainer.experiments import EXPERIMENTS, Column, Experiment, Row, Variant, experiment, published
+from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
+from trainer.experiments import (
+    ALIASES,
+    EXPERIMENTS,
+    Column,
+    Measure,
+    Row,
+    Variant,
+    experiment,
+    published,
+)
+from trainer.presentation import present
 from trainer.registry import OpenSetModel
+from trainer.report import Number, TableResult, provenance, write_report
 from trainer.train import train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NONE = "—"
 _WIDTH = 140
@@ -63,6 +76,8 @@ class Budget(NamedTuple):
     images: int | None = None
     width: int | None = None
     batch_size: int | None = None
+    tested: int | None = None
+    """Test images of what takes long: corruptions, attacks, attribution."""
 
     def applied(self, config: TrainConfig) -> TrainConfig:
         """`config` within this budget; a warm-up keeps its share of the epochs."""
@@ -76,6 +91,17 @@ class Budget(NamedTuple):
             optimizer=dataclasses.replace(config.optimizer, warmup_epochs=warmup),
         )
 
+    def measured(self, variant: Variant) -> Variant:
+        """`variant`, its evaluators within this budget."""
+        measures = {}
+        for name, wanted in variant.measures.items():
+            evaluator = wanted.evaluator
+            if self.tested is not None and hasattr(evaluator, "max_images"):
+                most = self.tested if evaluator.max_images is None else min(self.tested, evaluator.max_images)
+                evaluator = dataclasses.replace(evaluator, max_images=most)
+            measures[name] = dataclasses.replace(wanted, evaluator=evaluator)
+        return dataclasses.replace(variant, measures=measures)
+
     def train_images(self, protocol: Protocol) -> int | None:
         """Training images to build; at least 20 of each class, since a score sums the 10 nearest."""
         return self.images and max(self.images, 20 * len(protocol.known))
@@ -86,14 +112,15 @@ class Budget(NamedTuple):
             f"{self.images} training images": self.images,
             f"width {self.width}": self.width,
             f"batches of {self.batch_size}": self.batch_size,
+            f"{self.tested} test images for what takes long": self.tested,
         }
         said = [text for text, limit in limits.items() if limit is not None]
         return f"at most {', '.join(said)}" if said else "as published"
 
 
 BUDGETS = {
-    "smoke": Budget(epochs=2, images=600, width=4, batch_size=64),
-    "short": Budget(epochs=20, images=5000, width=16, batch_size=64),
+    "smoke": Budget(epochs=2, images=600, width=4, batch_size=64, tested=100),
+    "short": Budget(epochs=20, images=5000, width=16, batch_size=64, tested=1000),
     "full": Budget(),
 }
 
@@ -107,7 +134,7 @@ class ReproduceConfig:
     """Which experiment, on what, how thoroughly."""
 
     experiment: Annotated[str, tyro.conf.Positional]
-    """table1, table2, table3, table4, figure2 or figure3."""
+    """table1 to table5, figure2 to figure6, or beyond."""
     protocols: tuple[str, ...] = ()
     """Protocols to run it on. Default: the paper's."""
     splits: tuple[int, ...] = ()
@@ -139,6 +166,7 @@ class ReproduceConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "experiment", ALIASES.get(self.experiment, self.experiment))
         experiment(self.experiment)
         for name in self.protocols:
             split_count(name)
@@ -182,7 +210,7 @@ class Cell:
 def plan(config: ReproduceConfig) -> list[Cell]:
     """Every cell, so that what was computed when time runs out covers all rows of the first split."""
     chosen, budget = experiment(config.experiment), BUDGETS[config.budget]
-    variants = [v for v in chosen.variants if not config.variants or v.name in config.variants]
+    variants = [budget.measured(v) for v in chosen.variants if not config.variants or v.name in config.variants]
     protocols = config.protocols or chosen.protocols
     cells = []
     for seed in config.seeds or chosen.seeds:
@@ -193,8 +221,13 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                 full = Protocol(name, split)
                 classes = dataclasses.replace(full.classes, train_images=budget.train_images(full))
                 for variant in variants:
+                    trained = budget.applied(variant.config(name))
+                    stretches = max(each.course for each in variant.measures.values())
+                    if stretches:
+                        every = max(trained.epochs // stretches, 1)
+                        trained = dataclasses.replace(trained, checkpoint_every=every, keep_checkpoints=trained.epochs)
                     trained = dataclasses.replace(
-                        budget.applied(variant.config(name)),
+                        trained,
                         split=split,
                         seed=seed,
                         run_dir=config.path / f"{variant.name}-{name}-{split}-seed{seed}",
@@ -207,8 +240,8 @@ def plan(config: ReproduceConfig) -> list[Cell]:
     return cells
 
 
-def reproduce(config: ReproduceConfig, console: Console) -> dict[str, Any]:
-    """Compute what is missing; returns what is written to `table.json`.
+def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
+    """Compute what is missing; returns the table, or nothing on a dry run.
 
     Raises:
         InputError: a cell failed; all others were computed, and the table is written without it.
@@ -218,7 +251,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> dict[str, Any]:
     todo = [cell for cell in cells if config.restart or cell.record() is None]
     console.print(overview(config, cells, todo, device))
     if config.dry_run:
-        return {}
+        return None
     run = opened(config, console)
     data = Data(config, device, console)
     failed = []
@@ -376,207 +409,233 @@ def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
 def measure(cell: Cell, partitions: Partitions) -> None:
     folder = cell.config.folder
     model = OpenSetModel.load(folder / "model", partitions.device)
-    subjects: dict[str, Subject] = {}
-    numbers = {}
+
+    @cache
+    def subject(logits: str, features: Features | None) -> Subject:
+        """Shared by the measures that ask for the same, so that every image goes through the model once."""
+        shown = FeatureModel.of(model, features)
+        # Without a classifier, a model's own logits are those of its gallery.
+        if logits == "gallery" and model.encoder.classifier is not None:
+            train = partitions["train"]
+            shown = shown.with_gallery(train.images, train.labels, model.card.k)
+        protocol = partitions.build.protocol
+        return Subject(shown, partitions, classes=protocol.known, class_names=model.card.class_names)
+
+    found = Evaluation({})
     for name, wanted in cell.variant.measures.items():
-        if wanted.logits not in subjects:
-            shown = FeatureModel.of(model) if wanted.logits == "gallery" else classifier_model(model)
-            subjects[wanted.logits] = Subject(shown, partitions, model.card.class_names)
-        found = wanted.evaluator(subjects[wanted.logits])
-        numbers |= {f"{name}/{number}": value for number, value in found.numbers.items()}
+        evaluation = wanted.evaluator(subject(wanted.logits, wanted.features))
+        if wanted.course:
+            evaluation = joined(evaluation, course_of(wanted, cell, model, partitions))
+        found = joined(found, evaluation.prefixed(name))
+    with replacing(folder / "arrays.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **found.arrays)
     trained, asked = read_json(folder / "metrics.json", "metrics"), read_json(folder / "config.json", "configuration")
+    tested = [partitions.build.record(name).count for name in ("test_known", "test_unknown") if name in partitions]
     record = {
         "request": cell.request,
-        "numbers": numbers,
+        "numbers": found.numbers,
+        "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],
-        "test_images": {n: partitions.build.record(n).count for n in ("test_known", "test_unknown") if n in partitions},
+        "test_images": sum(tested),
         "train_seconds": trained["train_seconds"],
-        "hardware": hardware(partitions.device),
-        "commit": asked["commit"],
-        "versions": asked["versions"],
+        "commit": asked["commit"] or "not in a checkout",
+        "hardware": provenance()["hardware"],
+        "versions": provenance()["versions"],
     }
     write_json(folder / "evaluation.json", record)
 
 
-def classifier_model(model: OpenSetModel) -> FeatureModel:
-    """A model with the logits that its network learnt, and the features that these are made of."""
+def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
+    """What the evaluator finds at the checkpoints that were kept: arrays course/epoch (T,) and course/NUMBER (T,)."""
+    rows = []
+    for epoch, weights in checkpoint.encoders(cell.config.folder).items():
+        load_encoder(model.encoder, weights)
+        numbers = wanted.evaluator(Subject(FeatureModel.of(model, wanted.features), partitions)).numbers
+        rows.append({"epoch": epoch, **numbers})
+    load_encoder(model.encoder, cell.config.folder / "model" / "encoder.safetensors")
+    return Evaluation({}, arrays={f"course/{name}": np.array([row[name] for row in rows]) for name in rows[0]})
 
-    class Classifier(nn.Module):
-        def __init__(self, encoder: Encoder) -> None:
-            super().__init__()
-            self.encoder = encoder
 
-        def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            encoded = self.encoder(views, ["conv5_2"])
-            return encoded.maps["conv5_2"].mean(dim=(2, 3)), encoded.logits
-
-    card, encoder = model.card, model.encoder
-    return FeatureModel(
-        Classifier(encoder), image_size=card.image_size, mean=card.mean, std=card.std, layer=encoder.stages[-1]
+def joined(one: Evaluation, other: Evaluation) -> Evaluation:
+    return Evaluation(
+        {**one.numbers, **other.numbers}, {**one.intervals, **other.intervals}, {**one.arrays, **other.arrays}
     )
-
-
-def hardware(device: torch.device) -> str:
-    """What this run computes on, such as "2 x NVIDIA H100" or "1 x AMD EPYC, 2 threads"."""
-    if device.type == "cuda":
-        return f"{world_size()} x {torch.cuda.get_device_name(device)}"
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{world_size()} x {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def write_tables(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[str], console: Console) -> dict:
-    """Print the experiment's table for each protocol, and save it as JSON and as text."""
-    chosen = experiment(config.experiment)
-    records = {cell.name: cell.record() for cell in cells}
-    done = [record for record in records.values() if record]
-    result = {
-        "experiment": config.experiment,
-        "title": chosen.title,
-        "budget": f"{config.budget}: {BUDGETS[config.budget]}",
-        "cells": len(cells),
-        "finished": len(done),
-        "failed": list(failed),
-        "hardware": sorted({record["hardware"] for record in done}),
-        "commits": sorted({record["commit"] for record in done}),
-        "versions": done[0]["versions"] if done else {},
-        "notes": list(chosen.notes),
-        "protocols": {
-            name: protocol_rows(config.experiment, [cell for cell in cells if cell.protocol.name == name])
-            for name in dict.fromkeys(cell.protocol.name for cell in cells)
-        },
-    }
-    write_json(config.path / "table.json", result)
-    text = Console(file=StringIO(), width=_WIDTH)
-    for out in (console, text):
-        for name, rows in result["protocols"].items():
-            out.print(protocol_table(chosen, config, name, rows))
-        for line in remarks(config.experiment, result):
-            out.print(line, markup=False, highlight=False)
-    with replacing(config.path / "table.txt") as partial:
-        partial.write_text(text.file.getvalue(), encoding="utf-8")
-    console.print(f"written to {config.path}", markup=False, highlight=False)
-    return result
-
-
-def protocol_rows(name: str, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The rows of one protocol: those that are published only, in the paper's order, then those that are measured."""
-    chosen, protocol = experiment(name), cells[0].protocol.name
-    figures = published(name)
-    named = {row.label for row in chosen.rows}
-    rows: list[dict[str, Any]] = [
-        {"label": label, "published": columns[protocol], "measured": {}}
-        for label, columns in figures["rows"].items()
-        if label not in named and protocol in columns
-    ]
-    variants = {cell.variant.name for cell in cells}
-    for row in chosen.rows:
-        if row.variant in variants:
-            shown = figures["rows"].get(row.label, {}).get(protocol, {})
-            rows.append({"label": row.label, "published": shown, **measured_row(row, chosen.columns, cells)})
-    for row in rows:
-        row["mark"] = figures["marks"].get(row["label"]) if row["published"] else None
-    return rows
-
-
-def measured_row(row: Row, columns: Sequence[Column], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Mean and standard deviation over the cells of a row that are finished."""
-    own = [cell for cell in cells if cell.variant.name == row.variant]
-    records = [record for record in (cell.record() for cell in own) if record]
-    values = {column.number: [r["numbers"][full_name(row, column)] for r in records] for column in columns}
-    summed: dict[str, Any] = {
-        "measured": {
-            number: {"mean": statistics.fmean(each), "std": statistics.stdev(each) if len(each) > 1 else None}
-            for number, each in values.items()
-            if each
-        },
-        "runs": len(records),
-        "of": len(own),
-    }
-    if records:
-        summed |= {name: sorted({record[name] for record in records}) for name in ("epochs", "train_images")}
-        summed["test_images"] = records[0]["test_images"]
-        summed["train_seconds"] = statistics.fmean(record["train_seconds"] for record in records)
-    return summed
-
-
-def full_name(row: Row, column: Column) -> str:
-    """A column's number as the row's measure names it, unless it names a measure of its own."""
-    return column.number if "/" in column.number else f"{row.measure}/{column.number}"
 
 
 def numbers_line(cell: Cell) -> str:
     """What was found of a cell, for the log."""
-    numbers = cell.record()["numbers"]
-    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in cell.record()["numbers"].items())
 
 
-def protocol_table(chosen: Experiment, config: ReproduceConfig, protocol: str, rows: Sequence[dict]) -> Table:
-    """One line a row; beside each number that is published for this protocol, the published one."""
-    table = Table(title=f"{chosen.title}: {protocol}, budget {config.budget}", caption=effort(rows))
-    table.add_column("", no_wrap=True)
-    beside = [
-        column for place, column in enumerate(chosen.columns)
-        if place == 0 or any(short(column) in row["published"] for row in rows)
-    ]  # fmt: skip
-    for column in chosen.columns:
-        if column in beside:
-            table.add_column("paper", justify="right", style="dim")
-        table.add_column(column.title, justify="right", no_wrap=True)
-    table.add_column("runs", justify="right")
+def write_tables(
+    config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[str], console: Console
+) -> TableResult:
+    """Print the experiment's table and save it as text, JSON, CSV and a page with pictures."""
+    result = table_of(config, cells, failed)
+    console.print(result.to_rich())
+    for line in (*result.notes, *(f"{name}: {text}" for name, text in result.facts.items())):
+        console.print(line, markup=False, highlight=False)
+    text = Console(file=StringIO(), width=_WIDTH)
+    text.print(result.to_rich())
+    with replacing(config.path / "table.txt") as partial:
+        partial.write_text(text.file.getvalue(), encoding="utf-8")
+    console.print(f"written to {write_report(result, config.path)}", markup=False, highlight=False)
+    return result
+
+
+def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[str] = ()) -> TableResult:
+    """Every row of every protocol: those that are published only, in the paper's order, then those that are measured.
+
+    A number is the mean over splits and seeds, its spread their standard deviation.
+    """
+    chosen, figures = experiment(config.experiment), published(config.experiment)
+    theirs = [label for label in figures["rows"] if label not in {row.label for row in chosen.rows}]
+    lines: list[tuple[Any, ...]] = []
+    for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
+        for label in theirs:
+            paper = figures["rows"][label].get(protocol)
+            if paper is not None:
+                found = [Number(value=None, published=paper.get(column.number)) for column in chosen.columns]
+                lines.append((label, protocol, *found, None, None, None, None))
+        for row in chosen.rows:
+            own = cells_of(row, protocol, cells)
+            if own:
+                paper = figures["rows"].get(row.label, {}).get(protocol, {})
+                found = [number_of(column, row, own, paper) for column in chosen.columns]
+                lines.append((row.label, protocol, *found, *effort(own)))
+    marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
+    done = [record for record in (cell.record() for cell in cells) if record]
+    units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
+    return TableResult(
+        title=chosen.title,
+        caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; in brackets "
+        "what the paper prints.",
+        columns=("row", "protocol", *units, "runs", "images", "epochs", "training"),
+        rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
+        notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
+        figures=pictures(config.experiment, cells),
+        facts={
+            "command": f"python -m trainer.reproduce {config.experiment} --budget {config.budget}",
+            "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
+            **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
+            **{f"failed {number}": text for number, text in enumerate(failed, 1)},
+        },
+    )
+
+
+def cells_of(row: Row, protocol: str, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if (cell.variant.name, cell.protocol.name) == (row.variant, protocol)]
+
+
+def number_of(column: Column, row: Row, cells: Sequence[Cell], paper: Mapping[str, float]) -> Number:
+    """Mean and spread of what a row's cells measured, a single one's confidence interval, and what the paper prints."""
+    name, scale = column.of(row), 100.0 if column.percent else 1.0
+    records = [record for record in (cell.record() for cell in cells) if record]
+    values = [scale * record["numbers"][name] for record in records]
+    interval = records[0]["intervals"].get(name) if len(records) == 1 else None
+    low, high = (scale * end for end in interval) if interval else (None, None)
+    return Number(
+        value=statistics.fmean(values) if values else None,
+        spread=statistics.stdev(values) if len(values) > 1 else None,
+        low=low,
+        high=high,
+        published=paper.get(column.number),
+    )
+
+
+def effort(cells: Sequence[Cell]) -> list[str | None]:
+    """Runs, training images, epochs and time of a row."""
+    records = [record for record in (cell.record() for cell in cells) if record]
+    if not records:
+        return [f"0 of {len(cells)}", None, None, None]
+    runs = str(len(records)) if len(records) == len(cells) else f"{len(records)} of {len(cells)}"
+    images = sorted({f"{record['train_images']:,}" for record in records})
+    seconds = statistics.fmean(record["train_seconds"] for record in records)
+    return [runs, " or ".join(images), str(records[0]["epochs"]), duration(seconds)]
+
+
+def pictures(name: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+    """For each protocol: the first column as bars, what each kind of evaluator has to show of one cell of each row, and
+    the course of training."""
+    chosen, drawn = experiment(name), {}
+    for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
+        rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
+        if rows:
+            bars = bar_figure(name, rows, protocol, cells)
+            shown = {"bars": bars, **evaluator_figures(rows, protocol, cells), **course_figures(rows, protocol, cells)}
+            drawn |= {f"{protocol.replace('+', '-')}_{title}": figure for title, figure in shown.items()}
+    return drawn
+
+
+def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
+    chosen, bars = experiment(name), {}
+    column = chosen.columns[0]
     for row in rows:
-        line = [escape(row["label"]) + (" *" if row["mark"] else "")]
-        for column in chosen.columns:
-            if column in beside:
-                figure = row["published"].get(short(column))
-                line.append(NONE if figure is None else f"{figure:g}")
-            line.append(measured_text(column, row["measured"].get(column.number)))
-        runs = row.get("runs", 0)
-        table.add_row(*line, NONE if not runs else str(runs) if runs == row["of"] else f"{runs} of {row['of']}")
-    return table
-
-
-def short(column: Column) -> str:
-    return column.number.rpartition("/")[2]
-
-
-def measured_text(column: Column, value: dict[str, float | None] | None) -> str:
-    if value is None:
-        return NONE
-    spread = "" if value["std"] is None else f" ± {column.text(value['std'])}"
-    return column.text(value["mean"]) + spread
-
-
-def effort(rows: Sequence[dict[str, Any]]) -> str:
-    """What the measured rows of a protocol took and were tested on."""
-    done = [row for row in rows if row.get("runs")]
-    if not done:
-        return "nothing is measured yet"
-    images, epochs = (
-        " to ".join(f"{value:,}" for value in dict.fromkeys((min(found), max(found))))
-        for found in ([value for row in done for value in row[name]] for name in ("train_images", "epochs"))
-    )
-    seconds = [row["train_seconds"] for row in done]
-    tests = " and ".join(f"{n:,} {name.removeprefix('test_')}" for name, n in done[0]["test_images"].items())
-    return (
-        f"{images} training images, {epochs} epochs, {duration(min(seconds))} to {duration(max(seconds))} of training "
-        f"a run; {tests} test images"
+        paper = published(name)["rows"].get(row.label, {}).get(protocol, {})
+        bars[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
+    ends = [None if bar.spread is None else (bar.value - bar.spread, bar.value + bar.spread) for bar in bars.values()]
+    return plots.grouped_bars(
+        list(bars),
+        {column.title: [bar.value for bar in bars.values()]},
+        errors={column.title: ends},
+        published=[bar.published for bar in bars.values()],
+        title=f"{chosen.title}: {protocol}",
+        label=f"{column.title} (percent)" if column.percent else column.title,
     )
 
 
-def remarks(name: str, result: dict[str, Any]) -> list[str]:
-    """What has to be said under a table."""
-    marks = {row["label"]: row["mark"] for rows in result["protocols"].values() for row in rows if row["mark"]}
-    commits, machines = ", ".join(result["commits"]) or NONE, "; ".join(result["hardware"]) or NONE
-    return [
-        f"Percent where not said otherwise; mean ± standard deviation over runs. Budget {result['budget']}.",
-        f"{result['finished']} of {result['cells']} cells, on {machines}; commit {commits}.",
-        *(f"* {label}: {mark}." for label, mark in marks.items()),
-        *result["notes"],
-        *(f"failed: {text}" for text in result["failed"]),
-    ]
+def evaluator_figures(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+    """The rows side by side, one cell of each; rows that are measured in one way share their pictures."""
+    kinds: dict[type, dict[str, Evaluation]] = {}
+    evaluators = {}
+    for row in rows:
+        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
+        evaluator = first.variant.measures[row.measure].evaluator
+        evaluators.setdefault(type(evaluator), evaluator)
+        kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(first, row.measure)
+    figures = {}
+    for kind, evaluations in kinds.items():
+        for title, figure in present(evaluators[kind], evaluations).figures.items():
+            if not title.startswith("scores"):  # a histogram a row is too much
+                figures[f"{kind.__name__}_{title}"] = figure
+    return figures
+
+
+def evaluation_of(cell: Cell, measure_name: str) -> Evaluation:
+    """What a finished cell's measure found."""
+    prefix = f"{measure_name}/"
+    with np.load(cell.config.folder / "arrays.npz") as stored:
+        arrays = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+    numbers = cell.record()["numbers"]
+    return Evaluation({n.removeprefix(prefix): v for n, v in numbers.items() if n.startswith(prefix)}, arrays=arrays)
+
+
+def course_figures(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+    courses: dict[str, dict[str, list[float]]] = {}
+    epochs: list[float] = []
+    for row in rows:
+        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
+        arrays = evaluation_of(first, row.measure).arrays
+        for name in arrays:
+            if name.startswith("course/") and name != "course/epoch":
+                epochs = arrays["course/epoch"].tolist()
+                courses.setdefault(name.removeprefix("course/"), {})[row.label] = (100 * arrays[name]).tolist()
+    return {
+        f"course_{name}": plots.lines(
+            epochs,
+            series,
+            title=f"{plain(name)} over training",
+            x_label="epochs",
+            y_label=f"{plain(name)} (percent)",
+            markers=True,
+        )
+        for name, series in courses.items()
+    }
+
+
+def plain(name: str) -> str:
+    return name.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
 
 
 def main() -> None:
