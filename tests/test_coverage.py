@@ -78,9 +78,8 @@ def test_fewer_images_than_a_batch():
 def test_a_model_of_this_project():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 16, 16, 1)).astype(np.uint8)
-    views = ViewConfig(saturation=0, hue=0, grayscale=0)
     subject = Subject(FeatureModel.of(open_set_model()), {"test_known": batch_of(images, np.arange(8) % 6)})
-    result = Coverage(views=views)(subject)
+    result = Coverage()(subject)
     assert result.arrays["maps"].shape == (8, 2, 2) and (result.arrays["maps"] >= 0).all()
     assert all(parameter.grad is None for parameter in subject.model.network.parameters())
 

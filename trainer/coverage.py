@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from data_pipeline.errors import InputError
@@ -59,8 +60,8 @@ class Coverage:
     """At most so many images, chosen at random with seed 0; 2 or more. None: all."""
     examples: int = 8
     """Images and maps to keep for pictures; 0 or more."""
-    views: ViewConfig = field(default_factory=ViewConfig)
-    """The augmentation of the second view."""
+    views: tyro.conf.Suppress[ViewConfig | None] = None
+    """The augmentation of the second view. Default: SimCLR's, without colour where images are grey."""
     seed: int = 0
     """Seed of the augmentation."""
 
@@ -103,10 +104,11 @@ class Coverage:
     def maps(self, model: FeatureModel, images: Tensor, indices: Tensor) -> Tensor:
         """Attribution maps (N, h, w) of uint8 images (N, H, W, C), on the CPU, 0 or more."""
         images = images.to(model.device)
-        parameters = draw_parameters(
-            self.views, tuple(images.shape[1:3]), indices.to(model.device), seed=self.seed, epoch=0, view=1
-        )
         channels = images.shape[3]
+        views = self.views or (ViewConfig() if channels == 3 else ViewConfig(saturation=0, hue=0, grayscale=0))
+        parameters = draw_parameters(
+            views, tuple(images.shape[1:3]), indices.to(model.device), seed=self.seed, epoch=0, view=1
+        )
         augmented = render_view(
             images, parameters, size=model.image_size, mean=(0.0,) * channels, std=(1.0,) * channels
         )

@@ -168,14 +168,14 @@ class Subject:
         self,
         model: FeatureModel,
         data: Data,
+        class_names: Sequence[str] = (),
         *,
         classes: Sequence[ClassId] = (),
-        class_names: Sequence[str] = (),
         track: Track = lambda items, name, total: items,
     ) -> None:
         """
         Args:
-            classes, class_names: the known classes in label order, as their dataset numbers and names them; it takes
+            class_names, classes: the known classes in label order, as their dataset names and numbers them; it takes
                 them to read official corrupted images.
             track: shows the progress of evaluators that take long.
         """

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, Corruption, constants, corrupt, read_corrupted
@@ -35,7 +36,7 @@ class CommonCorruptions:
     """Which to measure."""
     severities: tuple[int, ...] = SEVERITIES
     """Which of the severities 1 to 5 to measure."""
-    corrupted_root: Path | None = None
+    corrupted_root: Annotated[Path | None, tyro.conf.arg(aliases=["--corrupted-root"])] = None
     """Folder of the official CIFAR-10-C or Tiny-ImageNet-C. Default: generate with the published constants; frost then
     is only like the official one."""
     max_images: int | None = None
@@ -43,7 +44,7 @@ class CommonCorruptions:
     read."""
     seed: int = 0
     """Seed of what the corruptions draw."""
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    bootstrap: tyro.conf.Suppress[BootstrapConfig] = field(default_factory=BootstrapConfig)
 
     def __post_init__(self) -> None:
         if not self.corruptions or not self.severities:
