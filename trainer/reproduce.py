@@ -42,6 +42,7 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint, plots
 from trainer.config import TrackingConfig, TrainConfig
+from trainer.coverage import Coverage
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
 from trainer.engine import join_ranks
@@ -59,6 +60,7 @@ from trainer.experiments import (
 from trainer.presentation import present
 from trainer.registry import OpenSetModel
 from trainer.report import Number, TableResult, provenance, write_report
+from trainer.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.train import train
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ class Budget(NamedTuple):
         measures = {}
         for name, wanted in variant.measures.items():
             evaluator = wanted.evaluator
-            if self.tested is not None and hasattr(evaluator, "max_images"):
+            if self.tested is not None and isinstance(evaluator, (CommonCorruptions, AdversarialAttacks, Coverage)):
                 most = self.tested if evaluator.max_images is None else min(self.tested, evaluator.max_images)
                 evaluator = dataclasses.replace(evaluator, max_images=most)
             measures[name] = dataclasses.replace(wanted, evaluator=evaluator)
@@ -176,6 +178,13 @@ class ReproduceConfig:
                 raise unknown_name("variant", name, known)
         if min((*self.splits, *self.seeds), default=0) < 0:
             raise InputError("a split or a seed is below 0: set --splits and --seeds to 0 or more")
+
+    @property
+    def command(self) -> str:
+        """What decides the table, as it is typed."""
+        lists = {name: getattr(self, name) for name in ("protocols", "splits", "seeds", "variants")}
+        chosen = [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items() if values]
+        return " ".join(["python -m trainer.reproduce", self.experiment, *chosen, f"--budget {self.budget}"])
 
     @property
     def path(self) -> Path:
@@ -516,7 +525,7 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
         notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
         figures=pictures(config.experiment, cells),
         facts={
-            "command": f"python -m trainer.reproduce {config.experiment} --budget {config.budget}",
+            "command": config.command,
             "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
             **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
