@@ -62,6 +62,13 @@ def test_what_is_saved_is_enough_to_go_on():
     assert torch.equal(memory.queue, other.queue) and torch.equal(memory.position, other.position)
 
 
+POLICIES = ("global", "local", "shuffled")
+
+
+def _keys_of_all_policies(views: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {policy: _keys(views, policy) for policy in POLICIES}
+
+
 def _keys(views: torch.Tensor, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     encoder = new_encoder(0)
     memory = KeyMemory(synchronise(encoder, CPU) if policy == "global" and world_size() > 1 else encoder, 9, seed=0)
@@ -76,8 +83,9 @@ def _keys(views: torch.Tensor, policy: str) -> tuple[torch.Tensor, torch.Tensor]
 def test_keys_are_normalised_as_the_policy_says(ranks):
     """Global: by all images; local: by those of the rank; shuffled: by as many, drawn from all ranks."""
     views, plain = torch.randn(8, 1, 16, 16), new_encoder(0).train()
-    for policy in ("global", "local", "shuffled"):
-        found = on_ranks(_keys, ranks, views, policy)
+    results = on_ranks(_keys_of_all_policies, ranks, views)
+    for policy in POLICIES:
+        found = [result[policy] for result in results]
         keys = torch.cat([result[0] for result in found])
         for _, queue in found:  # every rank remembers all keys, in their order
             torch.testing.assert_close(queue[:8], keys)

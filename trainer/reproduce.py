@@ -277,7 +277,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
         else:
-            run.log(numbers_line(cell))
+            run.log(numbers_line(config.experiment, cell))
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
             continue
         run.log(f"failed, going on with the next: {failed[-1]}")
@@ -472,9 +472,14 @@ def joined(one: Evaluation, other: Evaluation) -> Evaluation:
     )
 
 
-def numbers_line(cell: Cell) -> str:
-    """What was found of a cell, for the log."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in cell.record()["numbers"].items())
+def numbers_line(name: str, cell: Cell) -> str:
+    """What the table says of a cell alone, for the log."""
+    chosen, lines = experiment(name), []
+    for row in chosen.rows:
+        if row.variant == cell.variant.name:
+            found = [f"{column.title} {number_of(column, row, [cell], {}).text}" for column in chosen.columns]
+            lines.append(f"{row.label}: {', '.join(found)}")
+    return "; ".join(lines)
 
 
 def write_tables(
@@ -587,7 +592,7 @@ def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Ce
     return plots.grouped_bars(
         list(bars),
         {column.title: [bar.value for bar in bars.values()]},
-        errors={column.title: ends},
+        errors={column.title: ends} if any(ends) else None,
         published=[bar.published for bar in bars.values()],
         title=f"{chosen.title}: {protocol}",
         label=f"{column.title} (percent)" if column.percent else column.title,
