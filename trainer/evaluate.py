@@ -165,7 +165,8 @@ class EvaluateConfig:
     compare: tuple[str, ...] = ()
     """Other models of the same classes to put beside it, in the table and in the pictures."""
     labels: tuple[str, ...] = ()
-    """What to call the models in table and pictures, the first one first. Default: their names."""
+    """What to call the models in table and pictures, the first one first. Default: their names in the registry, or
+    those of their run folders."""
     task: Task = "osr"
     """osr: AUROC, OSCR and closed-set accuracy. closed-set: accuracy alone, also where no class is unknown. ood:
     out-of-distribution metrics. detectors: several scores side by side. corruptions: accuracy drop under the 15 common
@@ -221,7 +222,7 @@ class EvaluateConfig:
     @property
     def named(self) -> tuple[str, ...]:
         """A label for each model."""
-        return self.labels or tuple(_short(model) for model in self.models)
+        return self.labels or tuple(map(_label, self.models))
 
     @property
     def folder(self) -> Path:
@@ -249,6 +250,13 @@ class EvaluateConfig:
 
     def feature_model(self, model: OpenSetModel) -> FeatureModel:
         return FeatureModel.of(model, self.features or ("backbone" if self.task == "linear-probe" else None))
+
+
+def _label(model: str) -> str:
+    path = Path(model)
+    if model.startswith("models:/"):
+        return model.removeprefix("models:/")
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _short(model: str) -> str:
@@ -348,6 +356,7 @@ def _report(
     presentation = present(evaluator, evaluations, threshold=threshold)
     return TableResult(
         title=f"{_TITLES[config.task]}: {protocol.name}, split {protocol.split}",
+        caption=presentation.caption,
         columns=presentation.columns,
         rows=presentation.rows,
         notes=presentation.notes,

@@ -102,12 +102,12 @@ class TableResult:
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns: {row}")
 
     def to_rich(self) -> Table:
-        """For the terminal; a published number stands in brackets."""
+        """For the terminal; interval and published number stand below a measured one."""
         table = Table(*map(escape, self.columns), title=escape(self.title), caption=escape(self.caption) or None)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
-            table.add_row(*(escape(_plain(cell)) for cell in row))
+            table.add_row(*map(_on_terminal, row))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,10 +191,11 @@ def _text(cell: Cell) -> str:
     return "" if cell is None else cell.text if isinstance(cell, Number) else cell
 
 
-def _plain(cell: Cell) -> str:
-    if isinstance(cell, Number) and cell.published is not None:
-        return f"{cell.text} ({cell.published_text})"
-    return _text(cell)
+def _on_terminal(cell: Cell) -> str:
+    if not isinstance(cell, Number):
+        return escape(_text(cell))
+    interval = f"\n[dim]{cell.interval}[/]" if cell.interval else ""
+    return cell.text + interval + (f"\n[cyan]published {cell.published_text}[/]" if cell.published_text else "")
 
 
 def _parts(cell: Cell) -> tuple[str, str, str]:
