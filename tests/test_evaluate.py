@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from data_pipeline.loader import Partitions
 from trainer.config import EncoderConfig, recipe
 from trainer.coverage import Coverage
 from trainer.encoder import Encoder
-from trainer.evaluate import EvaluateConfig, build_model, evaluate
+from trainer.evaluate import EvaluateConfig, build_model, evaluate, measure
 from trainer.evaluators import BootstrapConfig, FeatureModel, OpenSet, Subject
 from trainer.linear_probe import LinearProbe
 from trainer.metrics import auroc
+from trainer.registry import OpenSetModel
 from trainer.robustness import AdversarialAttacks, CommonCorruptions
 
 FEW = BootstrapConfig(resamples=20)
@@ -50,10 +52,14 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def models(digits, tmp_path_factory):
+def partitions(digits):
+    return Partitions(digits, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def models(partitions, tmp_path_factory):
     """Two folders of models with random weights, one with a projection head and one with a classifier."""
     folder = tmp_path_factory.mktemp("models")
-    partitions = Partitions(digits, torch.device("cpu"))
     config = dataclasses.replace(
         recipe("digits"), encoder=EncoderConfig(width=4, hidden_dim=16, embedding_dim=8), k=5
     )  # fmt: skip
@@ -72,12 +78,16 @@ def config_of(models, digits, tmp_path, **options) -> EvaluateConfig:
     )
 
 
+def load(config: EvaluateConfig) -> list[OpenSetModel]:
+    return [OpenSetModel.load(Path(folder)) for folder in config.models]
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_leaves_numbers_pictures_and_a_report(task, models, digits, tmp_path):
+def test_every_task_leaves_numbers_pictures_and_a_report(task, models, partitions, digits, tmp_path):
     options, numbers, figures = TASKS[task]
     config = config_of(models, digits, tmp_path, task=task, compare=(str(models / "theirs" / "model"),), **options)
     out = io.StringIO()
-    result = evaluate(config, Console(file=out, width=150))
+    result = measure(config, load(config), partitions, Console(file=out, width=150))
     assert numbers <= result.keys() and result["compared"].keys() == {"theirs"}
     assert json.loads((config.folder / "metrics.json").read_text()) == json.loads(json.dumps(result))
     page = (config.folder / "report.html").read_text("utf-8")
@@ -91,13 +101,10 @@ def test_every_task_leaves_numbers_pictures_and_a_report(task, models, digits, t
     assert not (config.folder / "mlflow.json").exists()
 
 
-def test_numbers_are_those_of_the_evaluator(models, digits, tmp_path):
-    from trainer.registry import OpenSetModel
-
+def test_numbers_are_those_of_the_evaluator(models, partitions, digits, tmp_path):
     config = config_of(models, digits, tmp_path, detector="knn", labels=("mine",))
-    result = evaluate(config, Console(quiet=True))
-    model = OpenSetModel.load(models / "ours" / "model")
-    partitions = Partitions(digits, torch.device("cpu"))
+    (model,) = load(config)
+    result = measure(config, [model], partitions, Console(quiet=True))
     expected = OpenSet(detector="knn", bootstrap=FEW)(Subject(FeatureModel.of(model), partitions))
     assert result["score"] == expected.numbers
     assert result["intervals"]["oscr"] == expected.intervals["oscr"]._asdict()
@@ -105,17 +112,17 @@ def test_numbers_are_those_of_the_evaluator(models, digits, tmp_path):
     assert result["auroc"][5] == auroc(known, unknown)
     assert "compared" not in result and ">mine<" in (config.folder / "report.html").read_text("utf-8")
     # Without another detector, the score is that of algorithm 1.
-    again = evaluate(dataclasses.replace(config, detector="max_logit"), Console(quiet=True))
-    assert again["score"]["auroc"] == pytest.approx(result["auroc"][5], abs=1e-4)
+    score = OpenSet(bootstrap=FEW)(Subject(FeatureModel.of(model), partitions)).numbers
+    assert score["auroc"] == pytest.approx(result["auroc"][5], abs=1e-4)
 
 
-def test_an_evaluation_becomes_a_run_with_its_report(models, digits, tmp_path):
+def test_an_evaluation_becomes_a_run_with_its_report(models, partitions, digits, tmp_path):
     from mlflow.tracking import MlflowClient
 
     store = f"sqlite:///{tmp_path / 'runs.db'}"
     config = config_of(models, digits, tmp_path, task="intrinsic-dimension", tracking_uri=store, experiment="measured")
     result = evaluate(config, Console(quiet=True))
-    evaluate(config, Console(quiet=True))
+    measure(config, load(config), partitions, Console(quiet=True))
     client = MlflowClient(store)
     runs = client.search_runs([client.get_experiment_by_name("measured").experiment_id])
     assert len(runs) == 2
@@ -151,11 +158,11 @@ class TestBadInput:
             EvaluateConfig(model="runs/a/model", compare=("models/a/model",))
         assert EvaluateConfig(model="models:/a@champion", compare=("runs/b/model",)).named == ("a@champion", "b")
 
-    def test_official_files_that_are_not_there(self, models, digits, tmp_path):
+    def test_official_files_that_are_not_there(self, models, partitions, digits, tmp_path):
         corruptions = CommonCorruptions(corrupted_root=tmp_path)
         config = config_of(models, digits, tmp_path, task="corruptions", corruptions=corruptions)
         with pytest.raises(InputError, match="leave --corrupted-root out"):
-            evaluate(config, Console(quiet=True))
+            measure(config, load(config), partitions, Console(quiet=True))
 
 
 def test_the_command_line(tmp_path):

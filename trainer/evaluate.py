@@ -265,39 +265,43 @@ def _short(model: str) -> str:
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Measure, show, and leave metrics and a report in the run folder; returns what is written to `metrics.json`."""
-    started = time.perf_counter()
     models = [load_model(uri, config.tracking_uri, device_by_default()) for uri in config.models]
-    model = models[0]
-    protocol = Protocol.from_dict(model.card.protocol)
     for uri, other in zip(config.compare, models[1:]):
-        if other.card.split_hash != model.card.split_hash:
+        if other.card.split_hash != models[0].card.split_hash:
             raise InputError(
                 f"{uri} was trained for protocol {other.card.protocol['name']} on other images than {config.model}: "
                 "compare models of the same split"
             )
-    partitions = Partitions(find_split(config.data, protocol), model.device, config.workers)
+    build = find_split(config.data, Protocol.from_dict(models[0].card.protocol))
+    return measure(config, models, Partitions(build, models[0].device, config.workers), console)
+
+
+def measure(
+    config: EvaluateConfig, models: Sequence[OpenSetModel], partitions: Partitions, console: Console
+) -> dict[str, Any]:
+    """`evaluate` once models and images are there."""
+    started = time.perf_counter()
+    model, protocol = models[0], partitions.build.protocol
     if "test_unknown" not in partitions and config.task in ("osr", "ood", "detectors"):
         raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
     evaluator = config.evaluator(protocol)
     run = RunFolder(config.folder, console)
-    commit = source_commit()
-    run.write_config({"config": _plain(config), "split_hash": protocol.split_hash, "commit": commit})
-
+    run.write_config({"config": _plain(config), "split_hash": protocol.split_hash, "commit": source_commit()})
     evaluations = {}
     for label, each in zip(config.named, models):
         subject = Subject(
             config.feature_model(each),
             partitions,
+            each.card.class_names,
             classes=protocol.known,
-            class_names=each.card.class_names,
             track=_progress(console, label),
         )
         evaluations[label] = evaluator(subject)
     result = _result(config, model, partitions, evaluations)
     run.write_metrics(result)
     report = _report(config, evaluator, protocol, model, evaluations, time.perf_counter() - started)
-    title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
     if config.task in ("osr", "closed-set"):
+        title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
         console.print(metrics_table(result, title))
     console.print(report.to_rich())
     for note in report.notes:
@@ -308,6 +312,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.records:
         _record(config, evaluations, run)
     run.log(f"written to {run.path}")
+    run.close()
     return result
 
 

@@ -138,15 +138,16 @@ _PARTS = ("", " interval", " published")
 def write_report(result: TableResult, folder: Path) -> Path:
     """Write report.html, table.json, table.csv and figures/NAME.png and .svg into `folder`; returns the page's path."""
     save_figures(result.figures, folder / "figures")
+    drawn = {name: (folder / "figures" / f"{name}.svg").read_text("utf-8") for name in result.figures}
     write_json(folder / "table.json", result.to_dict())
-    for path, text in ((folder / "table.csv", result.to_csv()), (folder / "report.html", to_html(result))):
+    for path, text in ((folder / "table.csv", result.to_csv()), (folder / "report.html", to_html(result, drawn))):
         with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
-def to_html(result: TableResult) -> str:
-    """The page. It refers to nothing outside of itself."""
+def to_html(result: TableResult, drawn: Mapping[str, str] | None = None) -> str:
+    """The page. It refers to nothing outside of itself. `drawn` has its figures as SVG, if they have been drawn."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -156,7 +157,8 @@ def to_html(result: TableResult) -> str:
         "interval": lambda cell: cell.interval if isinstance(cell, Number) else "",
         "published": lambda cell: cell.published_text if isinstance(cell, Number) else "",
     }
-    pictures = {name: Markup(_inline(figure, name)) for name, figure in result.figures.items()}
+    drawn = drawn or {name: svg(figure) for name, figure in result.figures.items()}
+    pictures = {name: Markup(_inline(picture, name)) for name, picture in drawn.items()}
     date = time.strftime("%d %B %Y, %H:%M %Z")
     return environment.get_template("report.html.jinja").render(result=result, pictures=pictures, date=date)
 
@@ -204,9 +206,8 @@ def _parts(cell: Cell) -> tuple[str, str, str]:
     return _text(cell), "", ""
 
 
-def _inline(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element. Its ids begin with its name, since those of a page have to differ."""
-    picture = svg(figure)
+def _inline(picture: str, name: str) -> str:
+    """An SVG document as an element. Its ids begin with its name, since those of a page have to differ."""
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r'\bid="', f'id="{name}-', picture)
     return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", picture)
