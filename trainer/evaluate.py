@@ -165,7 +165,8 @@ class EvaluateConfig:
     compare: tuple[str, ...] = ()
     """Other models of the same classes to put beside it, in the table and in the pictures."""
     labels: tuple[str, ...] = ()
-    """What to call the models in table and pictures, the first one first. Default: their names."""
+    """What to call the models in table and pictures, the first one first. Default: their names in the registry, or
+    those of their run folders."""
     task: Task = "osr"
     """osr: AUROC, OSCR and closed-set accuracy. closed-set: accuracy alone, also where no class is unknown. ood:
     out-of-distribution metrics. detectors: several scores side by side. corruptions: accuracy drop under the 15 common
@@ -221,7 +222,7 @@ class EvaluateConfig:
     @property
     def named(self) -> tuple[str, ...]:
         """A label for each model."""
-        return self.labels or tuple(_short(model) for model in self.models)
+        return self.labels or tuple(map(_label, self.models))
 
     @property
     def folder(self) -> Path:
@@ -251,45 +252,56 @@ class EvaluateConfig:
         return FeatureModel.of(model, self.features or ("backbone" if self.task == "linear-probe" else None))
 
 
+def _label(model: str) -> str:
+    path = Path(model)
+    if model.startswith("models:/"):
+        return model.removeprefix("models:/")
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
 def _short(model: str) -> str:
     return model.removeprefix("models:/").strip("/").replace("/", "-")
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     """Measure, show, and leave metrics and a report in the run folder; returns what is written to `metrics.json`."""
-    started = time.perf_counter()
     models = [load_model(uri, config.tracking_uri, device_by_default()) for uri in config.models]
-    model = models[0]
-    protocol = Protocol.from_dict(model.card.protocol)
     for uri, other in zip(config.compare, models[1:]):
-        if other.card.split_hash != model.card.split_hash:
+        if other.card.split_hash != models[0].card.split_hash:
             raise InputError(
                 f"{uri} was trained for protocol {other.card.protocol['name']} on other images than {config.model}: "
                 "compare models of the same split"
             )
-    partitions = Partitions(find_split(config.data, protocol), model.device, config.workers)
+    build = find_split(config.data, Protocol.from_dict(models[0].card.protocol))
+    return measure(config, models, Partitions(build, models[0].device, config.workers), console)
+
+
+def measure(
+    config: EvaluateConfig, models: Sequence[OpenSetModel], partitions: Partitions, console: Console
+) -> dict[str, Any]:
+    """`evaluate` once models and images are there."""
+    started = time.perf_counter()
+    model, protocol = models[0], partitions.build.protocol
     if "test_unknown" not in partitions and config.task in ("osr", "ood", "detectors"):
         raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
     evaluator = config.evaluator(protocol)
     run = RunFolder(config.folder, console)
-    commit = source_commit()
-    run.write_config({"config": _plain(config), "split_hash": protocol.split_hash, "commit": commit})
-
+    run.write_config({"config": _plain(config), "split_hash": protocol.split_hash, "commit": source_commit()})
     evaluations = {}
     for label, each in zip(config.named, models):
         subject = Subject(
             config.feature_model(each),
             partitions,
+            each.card.class_names,
             classes=protocol.known,
-            class_names=each.card.class_names,
             track=_progress(console, label),
         )
         evaluations[label] = evaluator(subject)
     result = _result(config, model, partitions, evaluations)
     run.write_metrics(result)
     report = _report(config, evaluator, protocol, model, evaluations, time.perf_counter() - started)
-    title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
     if config.task in ("osr", "closed-set"):
+        title = f"{config.model} on {protocol.name}, split {protocol.split} (percent)"
         console.print(metrics_table(result, title))
     console.print(report.to_rich())
     for note in report.notes:
@@ -300,6 +312,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
     if config.records:
         _record(config, evaluations, run)
     run.log(f"written to {run.path}")
+    run.close()
     return result
 
 
@@ -348,6 +361,7 @@ def _report(
     presentation = present(evaluator, evaluations, threshold=threshold)
     return TableResult(
         title=f"{_TITLES[config.task]}: {protocol.name}, split {protocol.split}",
+        caption=presentation.caption,
         columns=presentation.columns,
         rows=presentation.rows,
         notes=presentation.notes,

@@ -232,9 +232,7 @@ def attribution_grid(
                     layer[column], cmap="inferno", alpha=0.6, vmin=0, vmax=largest or 1.0, interpolation="bilinear",
                     extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 )  # fmt: skip
-        row[0].text(
-            -0.12, 0.5, name, transform=row[0].transAxes, ha="right", va="center", rotation=90, fontsize=9
-        )  # fmt: skip
+        row[0].set_title(name, fontsize=9, fontweight="normal")
     return figure
 
 

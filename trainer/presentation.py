@@ -5,6 +5,7 @@ There is one function for each kind of evaluator; `present` finds it. Models are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,6 +52,7 @@ class Presentation:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    caption: str = "Percent."
     notes: tuple[str, ...] = ()
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
@@ -65,12 +67,8 @@ def present(evaluator: Evaluator, evaluations: Evaluations, *, threshold: float 
     presentation = _PRESENTED[type(evaluator)](evaluator, evaluations)
     if threshold is not None and len(evaluations) == 1 and "scores" in presentation.figures:
         (label, evaluation), *_ = evaluations.items()
-        return Presentation(
-            columns=presentation.columns,
-            rows=presentation.rows,
-            notes=presentation.notes,
-            figures=dict(presentation.figures) | {"scores": _histogram(evaluation, label, threshold)},
-        )
+        figures = dict(presentation.figures) | {"scores": _histogram(evaluation, label, threshold)}
+        return dataclasses.replace(presentation, figures=figures)
     return presentation
 
 
@@ -81,7 +79,7 @@ def percent_row(evaluation: Evaluation, names: Sequence[str]) -> tuple[Number, .
 
 def _table(evaluations: Evaluations, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
     """Columns and rows of shares."""
-    columns = ("model", *(f"{NAMES.get(name, name)} (percent)" for name in names))
+    columns = ("model", *(NAMES[name] for name in names))
     return columns, tuple((label, *percent_row(each, names)) for label, each in evaluations.items())
 
 
@@ -160,7 +158,7 @@ def _detectors(evaluator: Detectors, evaluations: Evaluations) -> Presentation:
         evaluator.names, series, errors=errors, title="Detectors", label="AUROC (percent)"
     )  # fmt: skip
     return Presentation(
-        columns=("detector", "model", *(f"{NAMES[metric]} (percent)" for metric in metrics)),
+        columns=("detector", "model", *(NAMES[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=_interval_note(evaluator),
         figures={"detectors": bars},
@@ -177,7 +175,11 @@ def _intrinsic_dimension(evaluator: IntrinsicDimension, evaluations: Evaluations
         )
     note = f"TwoNN on the features of {evaluator.partition} images, without the tenth with the largest ratios."
     return Presentation(
-        columns=("model", "intrinsic dimension", "images"), rows=tuple(rows), notes=(note,), figures=figures
+        columns=("model", "intrinsic dimension", "images"),
+        rows=tuple(rows),
+        caption="",
+        notes=(note,),
+        figures=figures,
     )
 
 
@@ -204,7 +206,7 @@ def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Pres
     else:
         note = f"The corrupted images are those of the official files in {evaluator.corrupted_root}."
     return Presentation(
-        columns=("model", *(f"{title} (percent)" for title in titles)),
+        columns=("model", *titles),
         rows=rows,
         notes=(note, *_interval_note(evaluator)),
         figures={"corruptions": bars, "examples": examples},
@@ -230,7 +232,7 @@ def _linear_probe(evaluator: LinearProbe, evaluations: Evaluations) -> Presentat
 def _attribution(evaluator: Coverage, evaluations: Evaluations) -> Presentation:
     first = next(iter(evaluations.values()))
     marks = [name for name in first.numbers if name.startswith("activated_share/")]
-    columns = ("model", "mean S_M (percent)", *(f"S_M({mark.partition('/')[2]}) (percent)" for mark in marks))
+    columns = ("model", "mean S_M", *(f"S_M({mark.partition('/')[2]})" for mark in marks))
     rows = tuple((label, *percent_row(each, ("activated_share", *marks))) for label, each in evaluations.items())
     curves = {label: each.arrays["activated_share"] for label, each in evaluations.items()}
     figures = {
@@ -283,7 +285,7 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
         "score itself is lowered on known and raised on unknown images."
     )
     return Presentation(
-        columns=("attack", "ε (255ths)", "model", *(f"{titles[metric]} (percent)" for metric in metrics)),
+        columns=("attack", "ε (255ths)", "model", *(titles[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=(note,),
         figures=figures,
@@ -301,7 +303,9 @@ def _interval_note(
     if bootstrap.resamples == 0:
         return ()
     share = f"{100 * bootstrap.confidence:g} %"
-    return (f"Below a number, its {share} interval over {bootstrap.resamples:,} bootstrap draws of the test images.",)
+    return (
+        f"Below a number stands its {share} interval over {bootstrap.resamples:,} bootstrap draws of the test images.",
+    )
 
 
 _PRESENTED: dict[type, Callable[..., Presentation]] = {

@@ -102,12 +102,12 @@ class TableResult:
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns: {row}")
 
     def to_rich(self) -> Table:
-        """For the terminal; a published number stands in brackets."""
+        """For the terminal; interval and published number stand below a measured one."""
         table = Table(*map(escape, self.columns), title=escape(self.title), caption=escape(self.caption) or None)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
-            table.add_row(*(escape(_plain(cell)) for cell in row))
+            table.add_row(*map(_on_terminal, row))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,15 +138,16 @@ _PARTS = ("", " interval", " published")
 def write_report(result: TableResult, folder: Path) -> Path:
     """Write report.html, table.json, table.csv and figures/NAME.png and .svg into `folder`; returns the page's path."""
     save_figures(result.figures, folder / "figures")
+    drawn = {name: (folder / "figures" / f"{name}.svg").read_text("utf-8") for name in result.figures}
     write_json(folder / "table.json", result.to_dict())
-    for path, text in ((folder / "table.csv", result.to_csv()), (folder / "report.html", to_html(result))):
+    for path, text in ((folder / "table.csv", result.to_csv()), (folder / "report.html", to_html(result, drawn))):
         with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
-def to_html(result: TableResult) -> str:
-    """The page. It refers to nothing outside of itself."""
+def to_html(result: TableResult, drawn: Mapping[str, str] | None = None) -> str:
+    """The page. It refers to nothing outside of itself. `drawn` has its figures as SVG, if they have been drawn."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -156,7 +157,8 @@ def to_html(result: TableResult) -> str:
         "interval": lambda cell: cell.interval if isinstance(cell, Number) else "",
         "published": lambda cell: cell.published_text if isinstance(cell, Number) else "",
     }
-    pictures = {name: Markup(_inline(figure, name)) for name, figure in result.figures.items()}
+    drawn = drawn or {name: svg(figure) for name, figure in result.figures.items()}
+    pictures = {name: Markup(_inline(picture, name)) for name, picture in drawn.items()}
     date = time.strftime("%d %B %Y, %H:%M %Z")
     return environment.get_template("report.html.jinja").render(result=result, pictures=pictures, date=date)
 
@@ -191,10 +193,11 @@ def _text(cell: Cell) -> str:
     return "" if cell is None else cell.text if isinstance(cell, Number) else cell
 
 
-def _plain(cell: Cell) -> str:
-    if isinstance(cell, Number) and cell.published is not None:
-        return f"{cell.text} ({cell.published_text})"
-    return _text(cell)
+def _on_terminal(cell: Cell) -> str:
+    if not isinstance(cell, Number):
+        return escape(_text(cell))
+    interval = f"\n[dim]{cell.interval}[/]" if cell.interval else ""
+    return cell.text + interval + (f"\n[cyan]published {cell.published_text}[/]" if cell.published_text else "")
 
 
 def _parts(cell: Cell) -> tuple[str, str, str]:
@@ -203,9 +206,8 @@ def _parts(cell: Cell) -> tuple[str, str, str]:
     return _text(cell), "", ""
 
 
-def _inline(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element. Its ids begin with its name, since those of a page have to differ."""
-    picture = svg(figure)
+def _inline(picture: str, name: str) -> str:
+    """An SVG document as an element. Its ids begin with its name, since those of a page have to differ."""
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r'\bid="', f'id="{name}-', picture)
     return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", picture)

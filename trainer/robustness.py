@@ -229,7 +229,7 @@ def _attack(
             verbose=False,
             **options,
         )
-    with _numpy_seed(seed):
+    with _numpy_seed(seed), classifier.model.frozen():
         return torch.from_numpy(method.generate(pixels.cpu().numpy(), y=labels.cpu().numpy())).float()
 
 
@@ -242,6 +242,18 @@ class _Logits(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model.outputs(pixels).need_logits()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Weights get no gradient, which nobody asks for here and which takes a third of the time."""
+        learnt = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        for parameter in learnt:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learnt:
+                parameter.requires_grad_(True)
 
 
 class _LogitOf(nn.Module):
