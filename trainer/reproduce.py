@@ -257,8 +257,9 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
     """
     device = join_ranks()
     cells = plan(config)
-    todo = [cell for cell in cells if config.restart or cell.record() is None]
-    console.print(overview(config, cells, todo, device))
+    missing = from_first_rank(lambda: {cell.name for cell in cells if config.restart or cell.record() is None})
+    todo = [cell for cell in cells if cell.name in missing]
+    from_first_rank(lambda: console.print(overview(config, cells, missing, device)))
     if config.dry_run:
         return None
     run = opened(config, console)
@@ -267,7 +268,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
     for number, cell in enumerate(todo, 1):
         run.log(f"[{number}/{len(todo)}] {cell.name}")
         try:
-            compute(cell, data.of(cell.protocol), console)
+            found = compute(config.experiment, cell, data.of(cell.protocol), console)
         except InputError as error:
             failed.append(f"{cell.name}: {error}")
         except Exception as error:
@@ -277,7 +278,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
         else:
-            run.log(numbers_line(config.experiment, cell))
+            run.log(found)
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
             continue
         run.log(f"failed, going on with the next: {failed[-1]}")
@@ -302,11 +303,11 @@ def opened(config: ReproduceConfig, console: Console) -> RunFolder | NullRunFold
     return folders[0] if folders else NullRunFolder(config.path)
 
 
-def overview(config: ReproduceConfig, cells: Sequence[Cell], todo: Sequence[Cell], device: torch.device) -> Table:
+def overview(config: ReproduceConfig, cells: Sequence[Cell], missing: set[str], device: torch.device) -> Table:
     """What will be done, and a rough estimate from one timed step of each network."""
     table = Table(
         "variant", "protocol", "splits x seeds", "finished", "images", "epochs", "about",
-        title=f"{experiment(config.experiment).title}: {len(todo)} of {len(cells)} cells to compute, budget "
+        title=f"{experiment(config.experiment).title}: {len(missing)} of {len(cells)} cells to compute, budget "
         f"{config.budget} ({BUDGETS[config.budget]})",
         caption="Training time alone, from one timed step of each network on this machine, one process.",
     )  # fmt: skip
@@ -314,7 +315,7 @@ def overview(config: ReproduceConfig, cells: Sequence[Cell], todo: Sequence[Cell
     for cell in cells:
         groups.setdefault((cell.variant.name, cell.protocol.name), []).append(cell)
     for (variant, protocol), members in groups.items():
-        first, open_ = members[0], [cell for cell in members if cell in todo]
+        first, open_ = members[0], [cell for cell in members if cell.name in missing]
         images = training_images(first.protocol)
         views = images * first.config.total_epochs * (3 if first.config.mixing.kind != "none" else 2)
         seconds = len(open_) * views * seconds_per_view(first, device) if open_ else 0.0
@@ -323,7 +324,7 @@ def overview(config: ReproduceConfig, cells: Sequence[Cell], todo: Sequence[Cell
         epochs = str(first.config.total_epochs)
         table.add_row(variant, protocol, str(len(members)), str(done), f"{images:,}", epochs, duration(seconds))
     table.add_section()
-    table.add_row("all", "", str(len(cells)), str(len(cells) - len(todo)), "", "", duration(total))
+    table.add_row("all", "", str(len(cells)), str(len(cells) - len(missing)), "", "", duration(total))
     return table
 
 
@@ -407,12 +408,17 @@ class Data:
         return build(wanted, self.console)
 
 
-def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
-    """Train and measure one cell; its numbers go to evaluation.json."""
+def compute(name: str, cell: Cell, partitions: Partitions, console: Console) -> str:
+    """Train and measure one cell of experiment `name`; its numbers go to evaluation.json. Returns a line about them."""
     # Somebody who watches sees a progress bar; the epochs of all cells would bury the table in a file.
     shown = console if console.is_terminal else None
     train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
-    from_first_rank(lambda: measure(cell, partitions))
+
+    def measured() -> str:
+        measure(cell, partitions)
+        return numbers_line(name, cell)
+
+    return from_first_rank(measured)
 
 
 def measure(cell: Cell, partitions: Partitions) -> None:
@@ -652,9 +658,19 @@ def plain(name: str) -> str:
     return name.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """The option that is read before the others."""
+
+    local_rank: int = 0
+    """Given by the deepspeed launcher; the environment says the same."""
+
+
 def main() -> None:
+    _, rest = tyro.cli(_Launch, return_unknown_args=True, add_help=False)
     config = cli.parse(
         ReproduceConfig,
+        args=rest,
         prog="python -m trainer.reproduce",
         description="Compute a table or figure of the paper and show it beside the published one. "
         f"Experiments: {', '.join(EXPERIMENTS)}.",
