@@ -64,6 +64,8 @@ def test_every_protocol_has_a_recipe():
         (["--encoder.width", "0"], "encoder.width"),
         (["--method", "softmax"], "unknown method 'softmax'; known: gradmix, supcon+simclr"),
         (["--method", "arpl", "--mixing.kind", "cutmix"], "mixing.kind is cutmix; set it to none: arpl makes nothing"),
+        (["--method", "moco", "--objective.queue-size", "50"], "objective.queue-size is 50; set it to at least"),
+        (["--batch-norm", "shuffled"], "batch-norm is shuffled; it is moco's"),
         (["--method", "cross_entropy", "--phases", "2:1:1"], "leave it out: cross_entropy has no θ and λ"),
         (["--method", "cross_entropy", "--objective.label-smoothing", "1"], "set it within 0 to below 1"),
         (["--method", "arpl", "--objective.weight", "-1"], "objective.weight is -1.0"),

@@ -12,10 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from tests.ranks import on_ranks
 from trainer import losses
-from trainer.config import ARPLConfig, CrossEntropyConfig, ObjectiveConfig
+from trainer.config import ARPLConfig, CrossEntropyConfig, MoCoConfig, ObjectiveConfig
 from trainer.distributed import rank
 from trainer.encoder import ReciprocalPoints
-from trainer.losses import cross_entropy, objective, reciprocal_loss, simclr_loss, supcon_loss
+from trainer.losses import (
+    cross_entropy,
+    momentum_objective,
+    objective,
+    reciprocal_loss,
+    simclr_loss,
+    supcon_loss,
+)
 
 TAU = 0.05
 
@@ -291,3 +298,27 @@ def test_arpl_is_its_equations(n, dim, classes, smoothing, radius):
     assert result.total.item() == pytest.approx(classification + 0.3 * open_space, rel=1e-4)
     result.total.backward()
     assert head.points.grad.abs().min() > 0 and head.radius.grad.item() < 0
+
+
+@pytest.mark.parametrize(("n", "dim", "size"), [(2, 3, 5), (7, 4, 13)])
+@pytest.mark.parametrize("mixing", ["none", "patch", "share"])
+def test_moco_is_its_equation(n, dim, size, mixing):
+    queries, keys, queue = unit(1 if mixing == "none" else 2, n, dim), unit(n, dim, seed=1), unit(size, dim, seed=2)
+    partner, share = torch.arange(n).roll(1), torch.linspace(0.1, 0.9, n, dtype=torch.float64)
+    tau, gamma = 0.2, 0.4
+
+    def loss(query: torch.Tensor, key: torch.Tensor) -> float:
+        own = math.exp(sum(a * b for a, b in zip(query.tolist(), key.tolist())) / tau)
+        others = [sum(a * b for a, b in zip(query.tolist(), old)) / tau for old in queue.tolist()]
+        return -math.log(own / (own + sum(map(math.exp, others))))
+
+    options = {"share": share, "partner": partner} if mixing == "share" else {}
+    found = momentum_objective(queries.flatten(0, 1), keys, queue, gamma, MoCoConfig(temperature=tau), **options)
+    moco, gradmix = sum(loss(queries[0, i], keys[i]) for i in range(n)) / n, 0.0
+    for i in range(n if mixing != "none" else 0):
+        own, other = loss(queries[1, i], keys[i]), loss(queries[1, i], keys[partner[i]])
+        weighed = share[i].item() * own + (1 - share[i].item()) * other if mixing == "share" else own
+        gradmix += gamma**2 * weighed / n
+    assert found.moco.item() == pytest.approx(moco, rel=1e-10)
+    assert found.gradmix.item() == pytest.approx(gradmix, rel=1e-10)
+    assert found.total.item() == pytest.approx(moco + gradmix, rel=1e-10)

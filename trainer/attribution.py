@@ -88,6 +88,12 @@ class PeakStore:
         self.places[indices] = places
         self._updated[indices] = True
 
+    def state(self) -> dict[str, Tensor]:
+        return {"places": self.places}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.places.copy_(state["places"])
+
     def synchronise(self) -> None:
         """Let all ranks know what each has learned since the last time; an image may come to another rank next.
 

@@ -112,7 +112,27 @@ class ARPLConfig:
         _require_smoothing(self.label_smoothing)
 
 
-AnyObjective = ObjectiveConfig | CrossEntropyConfig | ARPLConfig
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig:
+    """Momentum contrast (He et al. 2020) with the paper's values for its figure 5: no label is used."""
+
+    temperature: float = 0.05
+    """τ, by which cosine similarities are divided; above 0."""
+    queue_size: int = 8196
+    """Keys of earlier steps that a query is told from; at least the batch size."""
+    momentum: float = 0.999
+    """Share of its own weights that the key encoder keeps at each step, 0 to below 1."""
+
+    classifier: ClassVar[None] = None
+    takes_mixed_views: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
+        _require(self.queue_size >= 2, "objective.queue-size", self.queue_size, "set it to 2 or more")
+        _require(0 <= self.momentum < 1, "objective.momentum", self.momentum, "set it within 0 to below 1")
+
+
+AnyObjective = ObjectiveConfig | CrossEntropyConfig | ARPLConfig | MoCoConfig
 
 
 def _require_smoothing(value: float) -> None:
@@ -247,8 +267,8 @@ class TrainConfig:
     protocol: str = "digits"
     """Protocol the files were built for; it also chooses the recipe that the other defaults come from."""
     method: str = "gradmix"
-    """gradmix, supcon+simclr, supcon, simclr, cross_entropy or arpl; it also chooses the defaults, and which options
-    --objective has."""
+    """gradmix, supcon+simclr, supcon, simclr, moco, cross_entropy or arpl; it also chooses the defaults, and which
+    options --objective has."""
     split: int = 0
     """Split of the protocol, from 0."""
     data: Path = Path("data")
@@ -272,9 +292,10 @@ class TrainConfig:
     workers: int = 1
     """FFCV decoding threads of each rank; 1 or more."""
 
-    batch_norm: Literal["global", "local"] = "global"
+    batch_norm: Literal["global", "local", "shuffled"] = "global"
     """global: normalise over the images of all ranks, so that their number changes nothing; local: each rank over its
-    own, without communication."""
+    own, without communication; shuffled: local, and moco's keys with other images than their queries, as in He et al.
+    2020."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     objective: AnyObjective = field(default_factory=ObjectiveConfig)
     """The method's loss."""
@@ -311,6 +332,15 @@ class TrainConfig:
         _require(self.workers >= 1, "workers", self.workers, "set it to 1 or more")
         for text in self.phases:
             Phase.parse(text)
+        moco = isinstance(self.objective, MoCoConfig)
+        _require(
+            moco or self.batch_norm != "shuffled", "batch-norm", self.batch_norm, "it is moco's: set another, or moco"
+        )
+        if moco and self.objective.queue_size < self.batch_size:
+            raise InputError(
+                f"objective.queue-size is {self.objective.queue_size}; set it to at least --batch-size, "
+                f"which is {self.batch_size}"
+            )
         contrastive = isinstance(self.objective, ObjectiveConfig)
         _require(contrastive or not self.phases, "phases", self.phases, f"leave it out: {self.method} has no θ and λ")
         _require(
@@ -455,6 +485,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar10-ood-svhn": _cifar,
     "tinyimagenet": _tinyimagenet,
     "tinyimagenet-closed": _tinyimagenet,
+    "tinyimagenet-all": _tinyimagenet,
     "custom": _tinyimagenet,
 }
 
@@ -479,6 +510,11 @@ def _simclr(base: TrainConfig) -> TrainConfig:
     """Eq. 1 alone: no label is used."""
     objective = dataclasses.replace(base.objective, theta=0.0, lam=1.0)
     return dataclasses.replace(_supcon_simclr(base), objective=objective)
+
+
+def _moco(base: TrainConfig) -> TrainConfig:
+    """MoCo with the paper's queue of 8,196 and momentum of 0.999, without mixing; --mixing.kind gradmix adds it."""
+    return dataclasses.replace(_supcon_simclr(base), objective=MoCoConfig())
 
 
 def _cross_entropy(base: TrainConfig) -> TrainConfig:
@@ -529,6 +565,7 @@ METHODS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "supcon+simclr": _supcon_simclr,
     "supcon": _supcon,
     "simclr": _simclr,
+    "moco": _moco,
     "cross_entropy": _cross_entropy,
     "arpl": _arpl,
 }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config import ARPLConfig, CrossEntropyConfig, ObjectiveConfig
+from trainer.config import ARPLConfig, CrossEntropyConfig, MoCoConfig, ObjectiveConfig
 from trainer.distributed import gather, rank, world_size
 
 MOST_AT_ONCE = 1 << 26
@@ -105,6 +105,55 @@ def objective(
             ]
             gradmix = (gamma**2 * torch.stack(losses).mean(dim=0)).mean()
     return Objective(config.theta * supcon + config.lam * (simclr + gradmix), supcon, simclr, gradmix)
+
+
+class MomentumObjective(NamedTuple):
+    """MoCo's loss and its parts, scalars: total = moco + gradmix, gradmix already times γ²."""
+
+    total: Tensor
+    moco: Tensor
+    gradmix: Tensor
+
+
+def momentum_objective(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    gamma: float | Tensor | None,
+    config: MoCoConfig,
+    *,
+    share: Tensor | None = None,
+    partner: Tensor | None = None,
+) -> MomentumObjective:
+    """Momentum contrast (He et al. 2020), with the mixed view weighed as in eq. 8: ℓ(z¹) + γ²·ℓ(z̃), each the mean over
+    the images i of
+
+        −log( exp(qᵢ·kᵢ/τ) / (exp(qᵢ·kᵢ/τ) + Σ_{z∈queue} exp(qᵢ·z/τ)) )
+
+    Args:
+        queries: (2N, D) in blocks: all x¹, all x̃; or (N, D) without mixing.
+        keys: (N, D) of x², by the key encoder.
+        queue: (Q, D), keys of earlier steps.
+        gamma, share, partner: as for `objective`.
+    """
+    views = queries.view(-1, len(keys), queries.shape[1])
+
+    def losses(view: Tensor, positives: Tensor) -> Tensor:
+        own = (view * positives).sum(dim=1, keepdim=True)
+        return F.cross_entropy(
+            torch.cat([own, view @ queue.T], dim=1) / config.temperature,
+            torch.zeros(len(view), dtype=torch.int64, device=view.device),
+            reduction="none",
+        )
+
+    moco = losses(views[0], keys).mean()
+    gradmix = queries.new_zeros(())
+    if len(views) == 2:
+        mixed = losses(views[1], keys)
+        if share is not None:
+            mixed = share * mixed + (1.0 - share) * losses(views[1], keys[partner])
+        gradmix = (gamma**2 * mixed).mean()
+    return MomentumObjective(moco + gradmix, moco, gradmix)
 
 
 class CrossEntropy(NamedTuple):

@@ -80,7 +80,6 @@ class Trainer:
             cache=config.cache,
         )
         self.peaks = PeakStore(self.loader.count, config.mixing.num_patches, device)
-        self.method: Method = method_of(config.objective)
 
         torch.manual_seed(config.seed)  # initial weights; all other random numbers are functions of their place
         encoder = new_encoder(config, self.build)
@@ -98,6 +97,15 @@ class Trainer:
             warmup_steps=round(steps_per_epoch * config.optimizer.warmup_epochs),
         )
 
+        dtype = self.autocast_dtype
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        self.method: Method = method_of(config, lambda: portable_encoder(self), self.autocast)
+
+    @property
+    def memories(self) -> dict[str, checkpoint.Memory]:
+        """What a checkpoint holds beside the engine."""
+        return {"peaks": self.peaks, **self.method.memories}
+
     def train_step(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """One forward, backward and update; returns the method's loss parts in their order, on the device."""
         mixing, settings = self.config.mixing, self.config.objective_at(epoch)
@@ -109,16 +117,18 @@ class Trainer:
         else:
             views, mixed = self.render(batch, first, second), None
         retain = layers if mixing.peaks_from == "previous_epoch" else ()
-        encoded = self.engine(views, retain)
+        seen, keys = self.method.split(views, len(batch.images), epoch=epoch, step=step)
+        encoded = self.engine(seen, retain)
         for feature_map in encoded.maps.values():
             feature_map.retain_grad()
-        losses = self.method.losses(encoded, batch.labels, mixed, settings)
+        losses = self.method.losses(encoded, keys, batch.labels, mixed, settings)
         self.engine.backward(losses.total)
         if retain:
             maps = first_view_gradients(encoded.maps, len(batch.images))
             found = places(*maps, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
             self.peaks.update(batch.indices, first.geometry.to_source(found))
         self.engine.step()
+        self.method.remember(keys, self.engine.module, updated=(step + 1) % self.accumulation == 0)
         return torch.stack(losses).detach()
 
     def parameters(self, batch: Batch, epoch: int, number: int) -> ViewParameters:
@@ -163,23 +173,22 @@ class Trainer:
         views = self.render(batch, first, second)
         centers = None
         if same_step:
-            found = self.same_step_peaks(batch, views, epoch)
+            found = self.same_step_peaks(batch, views, epoch, step)
             centers = torch.where(found.isnan(), random_places(batch.indices, mixing.num_patches, **draw), found)
         mixed = mix(views[:n], batch.indices, centers, mixing, step=step, **draw)
         return torch.cat([views, mixed.views]), mixed
 
-    def same_step_peaks(self, batch: Batch, views: Tensor, epoch: int) -> Tensor:
+    def same_step_peaks(self, batch: Batch, views: Tensor, epoch: int, step: int) -> Tensor:
         """Peaks (N, P, 2) of the first of the views (2N, C, h, w) by an extra pass that changes neither gradients nor
         statistics."""
-        mixing, encoder = self.config.mixing, self.engine.module
-        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        mixing, encoder, n = self.config.mixing, self.engine.module, len(batch.images)
+        seen, keys = self.method.split(views, n, epoch=epoch, step=step)
         with frozen_statistics(encoder):
-            with autocast:
-                encoded = encoder(views, mixing.layers)
-            losses = self.method.losses(encoded, batch.labels, None, self.config.objective_at(epoch))
+            with self.autocast:
+                encoded = encoder(seen, mixing.layers)
+            losses = self.method.losses(encoded, keys, batch.labels, None, self.config.objective_at(epoch))
             maps = list(encoded.maps.values())
             gradients = torch.autograd.grad(losses.total, maps)
-        n = len(batch.images)
         found = [a.detach()[:n] for a in maps], [g[:n] for g in gradients]
         return places(*found, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
 
@@ -305,7 +314,7 @@ class Keeper:
         newest = from_first_rank(lambda: checkpoint.latest(self.run.path, self.run.log))
         if newest is None:
             return START
-        progress = checkpoint.load(newest, self.trainer.engine, self.trainer.peaks, self.identity)
+        progress = checkpoint.load(newest, self.trainer.engine, self.trainer.memories, self.identity)
         epochs = self.trainer.config.total_epochs
         self.run.log(f"going on from {newest}: {progress.epoch} of {epochs} epochs and {progress.step} steps are done")
         return progress
@@ -316,7 +325,7 @@ class Keeper:
         """Write a checkpoint after `step` steps of epoch `epoch`; end there if the system `asked` any rank to."""
         trainer = self.trainer
         trainer.peaks.synchronise()
-        if trainer.config.batch_norm == "local":
+        if trainer.config.batch_norm != "global":
             agree_on_statistics(trainer.engine.module)
         progress = checkpoint.Progress(
             epoch=epoch,
@@ -327,7 +336,12 @@ class Keeper:
             train_seconds=seconds,
         )
         path = checkpoint.save(
-            self.run.path, trainer.engine, trainer.peaks, progress, self.identity, keep=trainer.config.keep_checkpoints
+            self.run.path,
+            trainer.engine,
+            trainer.memories,
+            progress,
+            self.identity,
+            keep=trainer.config.keep_checkpoints,
         )
         self._saved = time.monotonic()
         if sum_over_ranks(torch.tensor(float(len(asked)), device=trainer.device)) > 0:
@@ -429,10 +443,14 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -
         run.console.print(metrics_table(result, f"{protocol.name}, split {protocol.split} (percent)"))
 
 
-def train(config: TrainConfig, console: Console | None) -> None:
-    """The whole run, on every rank; the first one keeps the records."""
+def train(config: TrainConfig, console: Console | None, partitions: Partitions | None = None) -> None:
+    """The whole run, on every rank; the first one keeps the records. `partitions`, if given, are those of
+    `config.data`, decoded for several runs."""
     device = join_ranks()
-    build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+    if partitions is None:
+        build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+        partitions = Partitions(build, device, config.workers)
+    build = partitions.build
     smallest = min(build.record("train").class_counts)
     if config.k > smallest:
         raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
@@ -441,7 +459,7 @@ def train(config: TrainConfig, console: Console | None) -> None:
         from_first_rank(lambda: check_store(uri))
     run, finished = open_run(config, identity, console)
     if not finished:
-        trainer = Trainer(config, Partitions(build, device, config.workers))
+        trainer = Trainer(config, partitions)
         # Not before everything is known to fit: what the folder holds may be discarded here.
         from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
         run.log(
