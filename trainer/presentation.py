@@ -251,7 +251,7 @@ def _attribution(evaluator: Coverage, evaluations: Evaluations) -> Presentation:
         figures["maps"] = plots.attribution_grid(first.arrays["images"], maps)
     note = (
         f"Maps are {evaluator.attribution} of the self-supervised loss over batches of {evaluator.batch_size}; their "
-        "values depend on the batch size and on what follows the layer, so compare models that were trained alike. In the "
+        "values depend on the batch size and on what follows the layer: compare models that were trained alike. In the "
         "pictures each map is scaled to its own largest value."
     )
     return Presentation(columns=columns, rows=rows, notes=(note,), figures=figures)
