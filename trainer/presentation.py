@@ -300,7 +300,8 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
 
 
 def _score_note(detector: str) -> str:
-    return f"The score is {detector.replace('_', ' ')}; a larger one means more known."
+    same = ", which without a classifier orders as that of algorithm 1" if detector == "max_logit" else ""
+    return f"The score is {detector.replace('_', ' ')}{same}; a larger one means more known."
 
 
 def _interval_note(
