@@ -191,7 +191,7 @@ def _intrinsic_dimension(evaluator: IntrinsicDimension, evaluations: Evaluations
 def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Presentation:
     severities = [f"drop_at_severity/{severity}" for severity in evaluator.severities]
     names = ("clean_accuracy", "accuracy_drop", *severities)
-    titles = ("clean accuracy", "accuracy drop", *(f"drop at severity {each}" for each in evaluator.severities))
+    titles = ("clean", "mean drop", *(f"severity {each}" for each in evaluator.severities))
     rows = tuple((label, *percent_row(evaluation, names)) for label, evaluation in evaluations.items())
     drops = {
         label: [100 * evaluation.numbers[f"drop/{name}"] for name in evaluator.corruptions]
@@ -213,6 +213,7 @@ def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Pres
     return Presentation(
         columns=("model", *titles),
         rows=rows,
+        caption="Closed-set accuracy of clean images in percent; how many points it drops, by severity.",
         notes=(note, *_interval_note(evaluator)),
         figures={"corruptions": bars, "examples": examples},
     )
