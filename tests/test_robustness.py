@@ -75,6 +75,10 @@ class TestCommonCorruptions:
         with pytest.raises(InputError, match="class 5 is not in"):
             evaluator(Subject(colour_model(), colour_data(), classes=(4, 9, 5), class_names=("r", "g", "b")))
 
+        grey = {"test_known": batch_of(np.zeros((6, 16, 16, 1), np.uint8), np.arange(6))}
+        with pytest.raises(InputError, match="takes grey ones"):
+            evaluator(Subject(FeatureModel.of(open_set_model()), grey, classes=(4, 9, 7)))
+
     def test_bad_configurations(self):
         for options in (
             {"corruptions": ()}, {"severities": (0,)}, {"corruptions": ("rain",)}, {"max_images": 0},

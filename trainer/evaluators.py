@@ -76,7 +76,8 @@ class FeatureModel:
     @classmethod
     def of(cls, model: OpenSetModel, features: Features | None = None) -> FeatureModel:
         """A model of this project. Its logits are its classifier's, or without one `gallery_logits` of its embeddings,
-        so that the largest of them orders as algorithm 1's score.
+        so that the largest of them orders as algorithm 1's score. A training image is in the gallery itself: one of its
+        k similarities is 1, which detectors that are fitted to logits of training images see.
 
         Args:
             features: embedding: what the projection head makes, of length 1; backbone: the pooled last feature map.

@@ -83,6 +83,11 @@ def _table(evaluations: Evaluations, names: Sequence[str]) -> tuple[tuple[str, .
     return columns, tuple((label, *percent_row(each, names)) for label, each in evaluations.items())
 
 
+def _named(label: str, evaluations: Evaluations) -> tuple[str, ...]:
+    """The cell that says which model a row is of, where there are several."""
+    return (label,) if len(evaluations) > 1 else ()
+
+
 def _histogram(evaluation: Evaluation, label: str, threshold: float | None = None) -> Figure:
     arrays = evaluation.arrays
     return plots.score_histogram(
@@ -148,7 +153,7 @@ def _detectors(evaluator: Detectors, evaluations: Evaluations) -> Presentation:
     for label, evaluation in evaluations.items():
         for detector in evaluator.names:
             numbers = percent_row(evaluation, [f"{detector}/{metric}" for metric in metrics])
-            rows.append((detector.replace("_", " "), label, *numbers))
+            rows.append((detector.replace("_", " "), *_named(label, evaluations), *numbers))
     series, errors = {}, {}
     for label, evaluation in evaluations.items():
         series[label] = [100 * evaluation.numbers[f"{name}/auroc"] for name in evaluator.names]
@@ -158,7 +163,7 @@ def _detectors(evaluator: Detectors, evaluations: Evaluations) -> Presentation:
         evaluator.names, series, errors=errors, title="Detectors", label="AUROC (percent)"
     )  # fmt: skip
     return Presentation(
-        columns=("detector", "model", *(NAMES[metric] for metric in metrics)),
+        columns=("detector", *_named("model", evaluations), *(NAMES[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=_interval_note(evaluator),
         figures={"detectors": bars},
@@ -186,7 +191,7 @@ def _intrinsic_dimension(evaluator: IntrinsicDimension, evaluations: Evaluations
 def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Presentation:
     severities = [f"drop_at_severity/{severity}" for severity in evaluator.severities]
     names = ("clean_accuracy", "accuracy_drop", *severities)
-    titles = ("clean accuracy", "accuracy drop", *(f"drop at severity {each}" for each in evaluator.severities))
+    titles = ("clean", "mean drop", *(f"severity {each}" for each in evaluator.severities))
     rows = tuple((label, *percent_row(evaluation, names)) for label, evaluation in evaluations.items())
     drops = {
         label: [100 * evaluation.numbers[f"drop/{name}"] for name in evaluator.corruptions]
@@ -208,6 +213,7 @@ def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Pres
     return Presentation(
         columns=("model", *titles),
         rows=rows,
+        caption="Closed-set accuracy of clean images in percent; how many points it drops, by severity.",
         notes=(note, *_interval_note(evaluator)),
         figures={"corruptions": bars, "examples": examples},
     )
@@ -246,7 +252,8 @@ def _attribution(evaluator: Coverage, evaluations: Evaluations) -> Presentation:
         figures["maps"] = plots.attribution_grid(first.arrays["images"], maps)
     note = (
         f"Maps are {evaluator.attribution} of the self-supervised loss over batches of {evaluator.batch_size}; their "
-        "values depend on the batch size. In the pictures each map is scaled to its own largest value."
+        "values depend on the batch size and on what follows the layer: compare models that were trained alike. In the "
+        "pictures each map is scaled to its own largest value."
     )
     return Presentation(columns=columns, rows=rows, notes=(note,), figures=figures)
 
@@ -266,7 +273,8 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
             attack, _, epsilon = case.partition("/")
             numbers = evaluation.numbers
             cells = (Number.percent(numbers[f"{case}/{m}"]) if f"{case}/{m}" in numbers else None for m in metrics)
-            rows.append((attack if attack == "clean" else attack.upper(), epsilon or "0", label, *cells))
+            name = attack if attack == "clean" else attack.upper()
+            rows.append((name, epsilon or "0", *_named(label, evaluations), *cells))
     figures = {}
     for name, title in (("accuracy", "closed-set accuracy"), ("auroc", "AUROC")):
         curves = {
@@ -285,7 +293,7 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
         "score itself is lowered on known and raised on unknown images."
     )
     return Presentation(
-        columns=("attack", "ε (255ths)", "model", *(titles[metric] for metric in metrics)),
+        columns=("attack", "ε (255ths)", *_named("model", evaluations), *(titles[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=(note,),
         figures=figures,
@@ -293,7 +301,8 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
 
 
 def _score_note(detector: str) -> str:
-    return f"The score is {detector.replace('_', ' ')}; a larger one means more known."
+    same = ", which without a classifier orders as that of algorithm 1" if detector == "max_logit" else ""
+    return f"The score is {detector.replace('_', ' ')}{same}; a larger one means more known."
 
 
 def _interval_note(

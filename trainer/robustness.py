@@ -67,6 +67,11 @@ class CommonCorruptions:
                 changed, truth = read_corrupted(
                     self.corrupted_root, corruption, severity, subject.classes, subject.class_names
                 )
+                if changed.shape[3] != images.shape[3]:
+                    raise InputError(
+                        f"{self.corrupted_root} holds colour images, the model takes grey ones: leave --corrupted-root "
+                        "out to generate the corruptions"
+                    )
                 correct.append(_correct(subject.model, changed, truth))
                 examples.append(changed[0])
                 continue
