@@ -35,6 +35,7 @@ demo: setup ## the main job on scikit-learn's digits, from images to a model tha
 	@echo
 	@echo "Where to look next:"
 	@echo "  runs/demo                                              configuration, metrics, log, model, checkpoints"
+	@echo "  runs/evaluate-osr-gradmix-digits@champion/report.html  the evaluation, with error bars and pictures"
 	@echo "  mlflow ui --backend-store-uri sqlite:///mlruns.db      the run, its curves and the registered model"
 	@echo "  python -m trainer.train --help                         every knob"
 	@echo "  README.md                                              CIFAR-10, your own images, clusters"

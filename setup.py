@@ -8,7 +8,7 @@ setup(
     description="Distributed training of open set recognition with GradMix",
     python_requires=">=3.11",
     packages=find_packages(include=["data_pipeline*", "trainer*", "tuning*", "cluster*"]),
-    package_data={"data_pipeline": ["*.json"], "tuning": ["*.yaml"]},
+    package_data={"data_pipeline": ["*.json"], "trainer": ["*.json", "*.jinja"], "tuning": ["*.yaml"]},
     install_requires=[
         "torch",
         "torchvision",  # data sets and residual blocks
@@ -24,7 +24,13 @@ setup(
         "mlflow",  # runs and the model registry
         "numpy",
         "pandas",  # the answer of a served model
-        "scikit-learn",  # the bundled digits
+        "scikit-learn",  # the bundled digits, nearest neighbours
+        "scipy",  # bootstrap, image filters
+        "opencv-python",  # corruptions
+        "scikit-dimension",  # intrinsic dimension
+        "pytorch-ood",  # out-of-distribution detectors
+        "adversarial-robustness-toolbox",  # attacks
+        "jinja2",  # HTML reports
         "pyarrow",  # Parquet data sets
         "pillow",  # image decoding
         "safetensors",  # weights without pickle

@@ -23,7 +23,8 @@ class BuildConfig:
     """What to build, from where, into which folder."""
 
     protocol: str = "digits"
-    """digits, mnist, svhn, cifar10, cifar+10, cifar+50, tinyimagenet, one of the -closed and -ood ones, or custom."""
+    """digits, mnist, svhn, cifar10, cifar+10, cifar+50, tinyimagenet, one of the -closed, -all and -ood ones, or
+    custom."""
     split: int = 0
     """Which published split of known and unknown classes, from 0."""
     pseudo_open: int | None = None

@@ -52,4 +52,6 @@ def parse(
 ) -> Config:
     """`config` from the command line; flags, help, units and defaults come from the dataclass and its docstrings."""
     options = {} if default is None else {"default": default}
-    return tyro.cli(config, prog=prog, description=description, args=args, **options)
+    # Of a field that may be one of several configurations, the default's alone has flags.
+    settled = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(config, prog=prog, description=description, args=args, config=settled, **options)

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     GAMMA = 3
     CUTMIX_BOX = 4
     SHARE = 5
+    TIES = 6
+    SHUFFLE = 7
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -320,6 +320,7 @@ def _registry() -> dict[str, tuple[ClassSplit, ...]]:
         ("cifar10-closed", "cifar10", 10),
         ("cifar100-closed", "cifar100", 100),
         ("tinyimagenet-closed", "tinyimagenet", 100),
+        ("tinyimagenet-all", "tinyimagenet", 200),  # what its figure 5 trains and probes on
     ):
         registry[name] = (ClassSplit(dataset=dataset, known=tuple(range(total))),)
     for name, outside, total in (("cifar10-ood-cifar100", "cifar100", 100), ("cifar10-ood-svhn", "svhn", 10)):

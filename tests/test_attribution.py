@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.attribution import PeakStore, attribution, frozen_statistics, peaks, random_places
+from trainer.attribution import PeakStore, attribution, frozen_statistics, peaks, places, random_places
 from trainer.config import MixingConfig
 
 
@@ -61,3 +61,36 @@ def test_frozen_statistics_normalise_by_the_batch_and_learn_nothing():
     assert all(torch.equal(before[name], buffer) for name, buffer in layer.named_buffers())
     layer(batch)
     assert not torch.equal(before["1.running_mean"], layer[1].running_mean)
+
+
+def least(activation: torch.Tensor, config: MixingConfig, **draw) -> torch.Tensor:
+    maps = activation.unsqueeze(1)
+    return places([maps], [torch.ones_like(maps)], config, torch.arange(len(maps)), **{"seed": 0, "epoch": 0, **draw})
+
+
+def test_the_least_place_is_the_middle_of_the_cell_with_the_smallest_value():
+    activation = torch.rand(40, 3, 5, generator=torch.Generator().manual_seed(1)) + 0.1
+    found = least(activation, MixingConfig(place="least"))
+    for single, center in zip(activation, found):
+        _, y, x = min((value, y, x) for y, row in enumerate(single.tolist()) for x, value in enumerate(row))
+        torch.testing.assert_close(center[0], torch.tensor([(y + 0.5) / 3, (x + 0.5) / 5]))
+    apart = least(activation, MixingConfig(place="least", num_patches=2, gamma_max=0.4))
+    assert torch.equal(apart[:, :1], found) and ((apart[:, 0] - apart[:, 1]).abs().amax(dim=1) > 0.3).all()
+
+
+def test_of_several_least_places_any_is_drawn_by_the_image():
+    activation = torch.zeros(3000, 2, 2)
+    activation[:, 0, 1] = 2.0
+    found = least(activation, MixingConfig(place="least"))
+    cells = (found[:, 0] * 2).long() @ torch.tensor([2, 1])
+    counts = torch.bincount(cells, minlength=4)
+    assert counts[1] == 0 and (counts[[0, 2, 3]] > 900).all()
+    assert torch.equal(found, least(activation, MixingConfig(place="least")))
+    assert not torch.equal(found, least(activation, MixingConfig(place="least"), epoch=1))
+    assert least(torch.zeros(2, 3, 3), MixingConfig(place="least")).isnan().all()
+
+
+def test_the_most_activated_place_is_the_peak():
+    maps, gradients = [torch.rand(6, 4, 5, 5)], [torch.rand(6, 4, 5, 5)]
+    found = places(maps, gradients, MixingConfig(), torch.arange(6), seed=0, epoch=0)
+    assert torch.equal(found, peaks(maps, gradients, MixingConfig()))

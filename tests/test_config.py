@@ -13,10 +13,11 @@ import pytest
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import protocol_names
 from trainer import config as config_module
-from trainer.config import RECIPES, MixingConfig, ObjectiveConfig, TrainConfig, recipe
+from trainer.config import METHODS, RECIPES, CrossEntropyConfig, MixingConfig, ObjectiveConfig, TrainConfig, recipe
 from trainer.train import parse_config
 
 ROOT = Path(__file__).parents[1]
+METHOD_HELP = Path(config_module.__file__).read_text().split("    method: str", 1)[1].split("split: int", 1)[0]
 
 
 def test_the_defaults_are_the_papers():
@@ -61,6 +62,13 @@ def test_every_protocol_has_a_recipe():
         (["--views.scale", "0", "1"], "views.scale"),
         (["--optimizer.learning-rate", "-1"], "optimizer.learning-rate"),
         (["--encoder.width", "0"], "encoder.width"),
+        (["--method", "softmax"], "unknown method 'softmax'; known: gradmix, supcon+simclr"),
+        (["--method", "arpl", "--mixing.kind", "cutmix"], "mixing.kind is cutmix; set it to none: arpl makes nothing"),
+        (["--method", "moco", "--objective.queue-size", "50"], "objective.queue-size is 50; set it to at least"),
+        (["--batch-norm", "shuffled"], "batch-norm is shuffled; it is moco's"),
+        (["--method", "cross_entropy", "--phases", "2:1:1"], "leave it out: cross_entropy has no θ and λ"),
+        (["--method", "cross_entropy", "--objective.label-smoothing", "1"], "set it within 0 to below 1"),
+        (["--method", "arpl", "--objective.weight", "-1"], "objective.weight is -1.0"),
         (["--protocol", "imagenet"], "unknown protocol 'imagenet'; known: digits, mnist"),
     ],
 )
@@ -77,6 +85,28 @@ def test_the_command_line_replaces_the_recipes_values():
     assert config == dataclasses.replace(
         expected, epochs=3, mixing=dataclasses.replace(expected.mixing, layers=("conv3_2", "conv4_2"))
     )
+
+
+def test_a_method_is_the_protocols_recipe_with_its_own_objective():
+    base = recipe("cifar10")
+    for method, (theta, lam) in {"supcon": (1, 0), "simclr": (0, 1), "supcon+simclr": (1, 1.2)}.items():
+        config = recipe("cifar10", method)
+        assert (config.objective.theta, config.objective.lam, config.mixing.kind) == (theta, lam, "none")
+        assert dataclasses.replace(config, objective=base.objective, mixing=base.mixing, method="gradmix") == base
+    classifier = parse_config(["--protocol", "tinyimagenet", "--method", "cross_entropy"])
+    assert classifier == recipe("tinyimagenet", "cross_entropy")
+    assert classifier.objective == CrossEntropyConfig(label_smoothing=0.9) and classifier.batch_size == 128
+    assert (classifier.optimizer.learning_rate, classifier.optimizer.warmup_epochs) == (0.01, 20)
+    assert recipe("cifar10", "arpl").optimizer.learning_rate == 0.1
+    names = {(recipe("digits", method).folder, recipe("digits", method).model_name) for method in METHODS}
+    assert len(names) == len(METHODS) and (Path("runs/digits-0-seed0"), "gradmix-digits") in names
+    assert all(method in METHOD_HELP for method in METHODS), "the help names every method"
+
+
+def test_an_option_of_another_method_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--method", "cross_entropy", "--objective.theta", "1"])
+    assert "Unrecognized options: --objective.theta" in capsys.readouterr().err
 
 
 def test_phases_replace_epochs_and_weights():

@@ -12,7 +12,7 @@ import torchvision
 
 from data_pipeline.errors import InputError
 from trainer.config import EncoderConfig
-from trainer.encoder import Encoder, embed, load_encoder, save_encoder
+from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50"])
@@ -99,3 +99,29 @@ def test_narrow_networks_survive_their_backward_pass_at_64_pixels(width):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("classifier", ["linear", "reciprocal"])
+def test_a_classifier_stands_in_place_of_the_head(classifier, tmp_path):
+    config = EncoderConfig(width=4, hidden_dim=8, embedding_dim=6)
+    encoder = Encoder(config, 1, classifier, 5).train()
+    views = torch.randn(7, 1, 16, 16)
+    encoded = encode(encoder, views, batch_size=3)
+    assert encoder.training and not any(name.startswith("head.") for name in encoder.state_dict())
+    assert encoder.embedding_dim == 32 and encoded.embeddings.shape == (7, 32) and encoded.logits.shape == (7, 5)
+    torch.testing.assert_close(encoded.embeddings.norm(dim=1), torch.ones(7))
+    assert torch.equal(embed(encoder, views), encode(encoder, views).embeddings)
+    features = encoder.eval()(views, ("conv5_2",)).maps["conv5_2"].mean(dim=(2, 3))
+    logits, margins = encoder.classifier(features)
+    torch.testing.assert_close(encoded.logits, logits)
+    assert (margins is None) == (classifier == "linear") == (encoded.margins is None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(views).logits.dtype == torch.float32
+    assert encode(Encoder(config, 1), views).logits is None
+
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    twin = Encoder(config, 1, classifier, 5)
+    load_encoder(twin, tmp_path / "encoder.safetensors")
+    assert torch.equal(twin.eval()(views).logits, encoder(views).logits)
+    with pytest.raises(InputError, match=r"holds another encoder.*--method"):
+        load_encoder(Encoder(config, 1), tmp_path / "encoder.safetensors")

@@ -12,9 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from tests.ranks import on_ranks
 from trainer import losses
-from trainer.config import ObjectiveConfig
+from trainer.config import ARPLConfig, CrossEntropyConfig, MoCoConfig, ObjectiveConfig
 from trainer.distributed import rank
-from trainer.losses import objective, simclr_loss, supcon_loss
+from trainer.encoder import ReciprocalPoints
+from trainer.losses import (
+    cross_entropy,
+    momentum_objective,
+    objective,
+    reciprocal_loss,
+    simclr_loss,
+    supcon_loss,
+)
 
 TAU = 0.05
 
@@ -247,3 +255,70 @@ def test_similarities_in_parts_are_the_same_and_never_whole(config, monkeypatch)
     assert elements <= max(most, 3 * n * 8)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-9, atol=1e-12)
+
+
+def naive_cross_entropy(logits, label, smoothing):
+    bottom = math.log(sum(math.exp(value) for value in logits))
+    targets = [(1 - smoothing) * (c == label) + smoothing / len(logits) for c in range(len(logits))]
+    return -sum(share * (value - bottom) for share, value in zip(targets, logits))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.9])
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (7, 5)])
+def test_cross_entropy_is_its_equation_over_both_views(n, classes, smoothing):
+    logits = 3 * torch.randn(2 * n, classes, dtype=torch.float64)
+    labels = torch.arange(n) % classes
+    expected = sum(naive_cross_entropy(logits[i].tolist(), int(labels[i % n]), smoothing) for i in range(2 * n))
+    found = cross_entropy(logits, labels, CrossEntropyConfig(label_smoothing=smoothing))
+    assert found.total.item() == pytest.approx(expected / (2 * n), rel=1e-10)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.7])
+@pytest.mark.parametrize(("n", "dim", "classes", "smoothing"), [(1, 3, 2, 0.0), (5, 7, 4, 0.9)])
+def test_arpl_is_its_equations(n, dim, classes, smoothing, radius):
+    """Distances, logits, classification and the bounded open space, one view and one class at a time."""
+    torch.manual_seed(n)
+    head = ReciprocalPoints(dim, classes)
+    with torch.no_grad():
+        head.radius.fill_(radius)
+        head.points.mul_(10)
+    features, labels = torch.randn(2 * n, dim), torch.arange(n) % classes
+    config = ARPLConfig(weight=0.3, temperature=2.0, label_smoothing=smoothing)
+    result = reciprocal_loss(*head(features), labels, config)
+    classification = open_space = 0.0
+    for i, x in enumerate(features.tolist()):
+        label, logits = int(labels[i % n]), []
+        for k, point in enumerate(head.points.tolist()):
+            distance = sum((a - b) ** 2 for a, b in zip(x, point)) / dim
+            logits.append((distance - sum(a * b for a, b in zip(x, point))) / 2.0)
+            open_space += max(distance - radius, 0.0) / (2 * n) if k == label else 0.0
+        classification += naive_cross_entropy(logits, label, smoothing) / (2 * n)
+    assert result.classification.item() == pytest.approx(classification, rel=1e-4)
+    assert result.open_space.item() == pytest.approx(open_space, rel=1e-4)
+    assert result.total.item() == pytest.approx(classification + 0.3 * open_space, rel=1e-4)
+    result.total.backward()
+    assert head.points.grad.abs().min() > 0 and head.radius.grad.item() < 0
+
+
+@pytest.mark.parametrize(("n", "dim", "size"), [(2, 3, 5), (7, 4, 13)])
+@pytest.mark.parametrize("mixing", ["none", "patch", "share"])
+def test_moco_is_its_equation(n, dim, size, mixing):
+    queries, keys, queue = unit(1 if mixing == "none" else 2, n, dim), unit(n, dim, seed=1), unit(size, dim, seed=2)
+    partner, share = torch.arange(n).roll(1), torch.linspace(0.1, 0.9, n, dtype=torch.float64)
+    tau, gamma = 0.2, 0.4
+
+    def loss(query: torch.Tensor, key: torch.Tensor) -> float:
+        own = math.exp(sum(a * b for a, b in zip(query.tolist(), key.tolist())) / tau)
+        others = [sum(a * b for a, b in zip(query.tolist(), old)) / tau for old in queue.tolist()]
+        return -math.log(own / (own + sum(map(math.exp, others))))
+
+    options = {"share": share, "partner": partner} if mixing == "share" else {}
+    found = momentum_objective(queries.flatten(0, 1), keys, queue, gamma, MoCoConfig(temperature=tau), **options)
+    moco, gradmix = sum(loss(queries[0, i], keys[i]) for i in range(n)) / n, 0.0
+    for i in range(n if mixing != "none" else 0):
+        own, other = loss(queries[1, i], keys[i]), loss(queries[1, i], keys[partner[i]])
+        weighed = share[i].item() * own + (1 - share[i].item()) * other if mixing == "share" else own
+        gradmix += gamma**2 * weighed / n
+    assert found.moco.item() == pytest.approx(moco, rel=1e-10)
+    assert found.gradmix.item() == pytest.approx(gradmix, rel=1e-10)
+    assert found.total.item() == pytest.approx(moco + gradmix, rel=1e-10)

@@ -11,9 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve, top_k_accuracy_score
 
-from trainer.metrics import auroc, closed_set_accuracy, detection_metrics, open_set_metrics, oscr
+from trainer import metrics as measures
+from trainer.metrics import (
+    auroc,
+    bootstrap_interval,
+    closed_set_accuracy,
+    detection_metrics,
+    open_set_metrics,
+    oscr,
+    oscr_curve,
+    top_k_accuracy,
+    two_nn,
+)
 from trainer.open_set import calibrate_threshold
 
 # Few distinct values make ties within and between the groups the rule.
@@ -247,6 +258,133 @@ class TestDetectionMetrics:
         # 19 of 20 known images are 95 %: the lowest may be rejected, and with it the unknown between it and the rest.
         assert detection_metrics(range(20), [0.5, 0.5, 7.5, 3])["tnr_at_95_tpr"] == 0.5
         assert detection_metrics(range(19), [0.5, 0.5, 7.5, 3])["tnr_at_95_tpr"] == 0.0
+
+
+class TestCurves:
+    @all_cases
+    def test_equal_the_rates_at_every_threshold(self, known, unknown):
+        correct = np.random.default_rng(3).random(len(known)) < 0.6
+        curve, roc = oscr_curve(known, correct, unknown), measures.roc_curve(known, unknown)
+        expected = [
+            (share(unknown, t), sum(bool(c) and s >= t for s, c in zip(known, correct)) / len(known), share(known, t))
+            for t in thresholds(known, unknown)
+        ]
+        np.testing.assert_allclose(np.stack([curve.x, curve.y, roc.y], axis=1), expected, atol=1e-12)
+        assert np.trapezoid(curve.y, curve.x) == pytest.approx(oscr(known, correct, unknown), abs=1e-12)
+        assert np.trapezoid(roc.y, roc.x) == pytest.approx(auroc(known, unknown), abs=1e-12)
+
+
+class TestTopKAccuracy:
+    @pytest.mark.parametrize("k", [1, 2, 5, 9])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_equals_sorting(self, k, tied):
+        rng = np.random.default_rng(k)
+        logits, labels = rng.normal(size=(101, 9)), rng.integers(0, 9, 101)
+        if tied:
+            logits = np.round(logits)
+        expected = 0
+        for row, label in zip(logits.tolist(), labels.tolist()):
+            # A stable sort leaves equal logits in the order of their classes.
+            expected += label in sorted(range(9), key=lambda c: -row[c])[:k]
+        assert top_k_accuracy(logits, labels, k) == expected / 101
+        if not tied and k < 9:
+            assert top_k_accuracy(logits, labels, k) == pytest.approx(top_k_accuracy_score(labels, logits, k=k))
+
+    def test_closed_forms(self):
+        assert top_k_accuracy(np.zeros((6, 3)), [0, 0, 1, 1, 2, 2], 2) == 4 / 6
+        assert top_k_accuracy([[1.0, 2.0]], [0], 1) == 0.0
+        assert top_k_accuracy([[1.0, 2.0]], [0], 7) == 1.0
+
+    def test_errors(self):
+        for logits, labels, k in (
+            ([], [], 1),
+            ([[1.0, 2.0]], [0, 1], 1),
+            ([[1.0, 2.0]], [0], 0),
+            ([[math.nan]], [0], 1),
+        ):
+            with pytest.raises(ValueError, match="must be"):
+                top_k_accuracy(np.array(logits), np.array(labels), k)
+
+
+class TestBootstrap:
+    def test_equals_drawing_in_a_loop(self):
+        rng = np.random.default_rng(5)
+        known, unknown = rng.normal(1, 1, 40), rng.normal(0, 1, 60)
+        interval = bootstrap_interval(lambda i, j: auroc(known[i], unknown[j]), 40, 60, resamples=4000)
+        draws = [auroc(rng.choice(known, 40), rng.choice(unknown, 60)) for _ in range(4000)]
+        assert interval.low == pytest.approx(np.quantile(draws, 0.025), abs=0.01)
+        assert interval.high == pytest.approx(np.quantile(draws, 0.975), abs=0.01)
+        assert interval.deviation == pytest.approx(np.std(draws), rel=0.1)
+
+    def test_an_accuracy_has_the_binomial_deviation(self):
+        correct = np.arange(500) < 400
+        interval = bootstrap_interval(lambda i: float(correct[i].mean()), 500, resamples=3000)
+        assert interval.deviation == pytest.approx(math.sqrt(0.8 * 0.2 / 500), rel=0.1)
+        assert interval.low < 0.8 < interval.high
+
+    def test_the_seed_decides_and_more_confidence_is_wider(self):
+        values = np.random.default_rng(0).random(50)
+        first, again, other, wide = (
+            bootstrap_interval(lambda i: float(values[i].mean()), 50, resamples=200, **options)
+            for options in ({}, {}, {"seed": 1}, {"confidence": 0.999})
+        )
+        assert first == again != other
+        assert wide.low < first.low and first.high < wide.high
+
+    def test_degenerate_groups(self):
+        assert bootstrap_interval(lambda i: 0.5 + i.sum(), 1) == (0.5, 0.5, 0.0)
+        constant = bootstrap_interval(lambda i, j: auroc(np.ones(9)[i], np.ones(1)[j]), 9, 1, resamples=50)
+        assert constant == (0.5, 0.5, 0.0)
+
+
+def two_nn_loop(points: np.ndarray, discard: float) -> float:
+    """Facco et al.'s recipe, point by point, with the least-squares slope through the origin written out."""
+    ratios = []
+    for i, point in enumerate(points):
+        first, second, *_ = sorted(math.dist(point, other) for j, other in enumerate(points) if j != i)
+        ratios.append(second / first)
+    kept = sorted(ratios)[: int(len(ratios) * (1 - discard))]
+    x = [math.log(ratio) for ratio in kept]
+    y = [-math.log(1 - rank / len(ratios)) for rank in range(1, len(kept) + 1)]
+    return math.fsum(a * b for a, b in zip(x, y)) / math.fsum(a * a for a in x)
+
+
+class TestTwoNN:
+    @pytest.mark.parametrize(("n", "dimension", "discard"), [(150, 3, 0.1), (97, 11, 0.1), (60, 2, 0.3), (4, 2, 0.1)])
+    def test_equals_the_loop(self, n, dimension, discard):
+        points = np.random.default_rng(n).normal(size=(n, dimension))
+        found = two_nn(points, discard=discard)
+        assert found.dimension == pytest.approx(two_nn_loop(points, discard), rel=1e-9)
+        assert len(found.log_ratio) == len(found.log_survival) == int(n * (1 - discard))
+
+    @pytest.mark.parametrize("dimension", [1, 2, 4, 8])
+    def test_a_flat_manifold_in_many_dimensions(self, dimension):
+        rng = np.random.default_rng(dimension)
+        points = np.zeros((3000, 40))
+        points[:, :dimension] = rng.random((3000, dimension))
+        rotation = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+        # Neighbours are nearer than the cube's faces only while dimensions are few, hence the looser side below.
+        assert 0.85 * dimension < two_nn(points @ rotation).dimension < 1.1 * dimension
+
+    def test_curved_manifolds(self):
+        rng = np.random.default_rng(0)
+        angle, height = rng.random(3000) * 9, rng.random(3000) * 9
+        swiss_roll = np.stack([(angle + 2) * np.cos(angle), height, (angle + 2) * np.sin(angle)], axis=1)
+        assert two_nn(swiss_roll).dimension == pytest.approx(2, rel=0.08)
+        sphere = rng.normal(size=(3000, 6))
+        sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
+        assert two_nn(sphere).dimension == pytest.approx(5, rel=0.1)
+
+    def test_scale_and_repeated_points_change_nothing(self):
+        points = np.random.default_rng(1).random((200, 3))
+        plain = two_nn(points).dimension
+        assert two_nn(1e-4 * points + 5).dimension == pytest.approx(plain, rel=1e-6)
+        assert two_nn(np.concatenate([points, points[:50], points[:50]])).dimension == pytest.approx(plain, rel=1e-9)
+
+    def test_too_few_points(self):
+        for points in ([[1.0, 2.0], [3.0, 4.0]], np.ones((9, 2)), [[math.nan, 0.0], [1.0, 0.0], [2.0, 0.0]]):
+            with pytest.raises(ValueError, match="3 or more distinct rows"):
+                two_nn(points)
 
 
 class TestErrors:

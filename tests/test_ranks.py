@@ -16,7 +16,7 @@ from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
-from trainer.config import EncoderConfig, OptimizerConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConfig, recipe
 from trainer.distributed import rank, world_size
 from trainer.engine import join_ranks
 from trainer.train import Trainer
@@ -49,7 +49,7 @@ def _train_one(trainer: Trainer, epochs: int) -> dict:
 
 @pytest.fixture(scope="module")
 def configs(digits, tmp_path_factory) -> list[TrainConfig]:
-    """Plain, ZeRO 1, ZeRO 2, and two micro-batches accumulated."""
+    """Plain, ZeRO 1, ZeRO 2, two micro-batches accumulated, and MoCo."""
     plain = dataclasses.replace(
         recipe("digits"),
         data=digits.folder,
@@ -67,7 +67,8 @@ def configs(digits, tmp_path_factory) -> list[TrainConfig]:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(settings))
         variants.append(dataclasses.replace(plain, deepspeed_config=path))
-    return variants
+    # Momentum 0: the key encoder moves as far as the encoder does.
+    return [*variants, dataclasses.replace(plain, method="moco", objective=MoCoConfig(queue_size=200, momentum=0.0))]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer import checkpoint
 from trainer import train as train_module
-from trainer.config import EncoderConfig, OptimizerConfig, TrackingConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrackingConfig, TrainConfig, recipe
 from trainer.engine import join_ranks
 from trainer.train import Trainer, run_identity, train
 
@@ -161,11 +161,25 @@ def test_every_zero_stage_and_optimizer_resumes_exactly(config, stage, optimizer
     assert_equal(outcome(config.folder), outcome(straight.folder))
 
 
+def test_moco_resumes_its_queue_and_its_key_encoder_exactly(config):
+    moco = MoCoConfig(queue_size=500, momentum=0.9)
+    config = dataclasses.replace(config, epochs=2, method="moco", objective=moco)
+    straight = dataclasses.replace(config, run_dir=config.run_dir.with_name("straight"))
+    train(straight, QUIET)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1)
+        train(config, QUIET)
+    train(config, QUIET)
+    expected = outcome(straight.folder)
+    assert "keys.safetensors/queue" in expected["tensors"]
+    assert_equal(outcome(config.folder), expected)
+
+
 def die_after(patch: pytest.MonkeyPatch, epochs: int) -> None:
     save = checkpoint.save
 
-    def save_and_die(run_dir, engine, peaks, progress, *args, **options):
-        save(run_dir, engine, peaks, progress, *args, **options)
+    def save_and_die(run_dir, engine, memories, progress, *args, **options):
+        save(run_dir, engine, memories, progress, *args, **options)
         if progress.epoch == epochs:
             raise KeyboardInterrupt
 
@@ -208,8 +222,8 @@ def _load_and_save(config: TrainConfig, source: Path) -> None:
     made = find_build(config.data, "digits", 0)
     trainer = Trainer(config, Partitions(made, device))
     identity = run_identity(config, made, device)
-    progress = checkpoint.load(source, trainer.engine, trainer.peaks, identity)
-    checkpoint.save(config.folder, trainer.engine, trainer.peaks, progress, identity, keep=1)
+    progress = checkpoint.load(source, trainer.engine, trainer.memories, identity)
+    checkpoint.save(config.folder, trainer.engine, trainer.memories, progress, identity, keep=1)
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), OptimizerConfig(name="sgd")], ids=["adam", "sgd"])

@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions, load_all
 from data_pipeline.protocols import Protocol
 from trainer import checkpoint
-from trainer.config import EncoderConfig, MixingConfig, TrackingConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MixingConfig, MoCoConfig, TrackingConfig, TrainConfig, recipe
 from trainer.engine import join_ranks, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.registry import OpenSetModel, load_model
@@ -185,7 +185,7 @@ def test_same_step_peaks_leave_gradients_and_statistics_alone(config):
     batch = next(iter(trainer.loader.epoch(0)))
     views = trainer.render(batch, trainer.parameters(batch, 0, 0), trainer.parameters(batch, 0, 1))
     before = weights(trainer)
-    centers = trainer.same_step_peaks(batch, views, 0)
+    centers = trainer.same_step_peaks(batch, views, 0, 0)
     assert centers.shape == (115, 1, 2) and not centers.isnan().all()
     assert all(parameter.grad is None for parameter in trainer.engine.module.parameters())
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
@@ -200,6 +200,7 @@ def test_same_step_peaks_leave_gradients_and_statistics_alone(config):
         MixingConfig(gamma_per="sample", num_patches=2),
         MixingConfig(layers=("conv3_2", "conv4_2", "conv5_2"), attribution="gradcam", gradient_sign=-1),
         MixingConfig(peaks_from="same_step"),
+        MixingConfig(place="least"),
     ],
     ids=lambda mixing: f"{mixing.kind}-{mixing.gamma_per}-{len(mixing.layers)}-{mixing.peaks_from}",
 )
@@ -214,6 +215,56 @@ def test_every_way_of_mixing_trains(config, mixing):
     assert history[-6:, 0].mean() < history[:6, 0].mean(), "the loss does not fall"
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
     assert (history[:, 3] != 0).all() == (mixing.kind != "none")
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "arpl", "moco", "simclr", "supcon"])
+def test_every_method_trains_and_its_model_is_measured(config, method, tmp_path):
+    of_method = recipe("digits", method)
+    own = {name: getattr(of_method, name) for name in ("method", "objective", "mixing", "optimizer")}
+    if method == "moco":
+        own["objective"] = MoCoConfig(queue_size=230)
+    config = dataclasses.replace(config, **own, epochs=4, tracking=TrackingConfig(offline=True))
+    train(config, QUIET)
+    journal = [json.loads(line)["metrics"] for line in (config.folder / "journal.jsonl").read_text().splitlines()]
+    losses = [line["train/total"] for line in journal if "train/total" in line]
+    # MoCo's first queue is of random directions, which are easy to tell from anything.
+    assert len(losses) == 4 and losses[-1] < (max(losses) if method == "moco" else losses[0])
+    model = OpenSetModel.load(config.folder / "model")
+    assert model.card.method == method
+    result = evaluate(
+        EvaluateConfig(model=str(config.folder / "model"), data=config.data, run_dir=tmp_path / "evaluation"), QUIET
+    )
+    assert result["auroc"][10] > 0.6
+    test = Partitions(find_build(config.data, "digits", 0), torch.device("cpu"))["test_known"]
+    logits = model.logits(test.images)
+    assert (logits is None) == (config.objective.classifier is None)
+    if logits is not None:
+        assert logits.shape == (len(test.labels), 6)
+        assert (logits.argmax(dim=1) == test.labels).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["none", "cutmix", "gradmix"])
+@pytest.mark.parametrize("peaks_from", ["previous_epoch", "same_step"])
+def test_moco_sees_queries_and_keys_apart(config, kind, peaks_from):
+    mixing = MixingConfig(kind=kind, peaks_from=peaks_from)
+    config = dataclasses.replace(config, method="moco", objective=MoCoConfig(queue_size=300), mixing=mixing)
+    trainer = new_trainer(config)
+    memory, batch = trainer.method.memory, next(iter(trainer.loader.epoch(0)))
+    assert all(torch.equal(a, b) for a, b in zip(memory.encoder.parameters(), trainer.engine.module.parameters()))
+    sizes: dict[str, list[int]] = {"queries": [], "keys": []}
+    for name, encoder in (("queries", trainer.engine.module), ("keys", memory.encoder)):
+        encoder.stem.register_forward_pre_hook(lambda module, args, name=name: sizes[name].append(len(args[0])))
+    total, moco, gradmix = trainer.train_step(batch, 0, 0).tolist()
+    extra = kind == "gradmix" and peaks_from == "same_step"
+    assert sizes == {
+        "queries": [115] * extra + [115 if kind == "none" else 230],
+        "keys": [115] * (1 + extra),
+    }
+    assert total == pytest.approx(moco + gradmix, rel=1e-5) and (gradmix > 0) == (kind != "none")
+    assert memory.position.item() == 115 and not trainer.method.memory.queue.requires_grad
+    assert trainer.peaks.places.isnan().all() == (not (kind == "gradmix" and peaks_from == "previous_epoch"))
+    changed = [not torch.equal(a, b) for a, b in zip(memory.encoder.parameters(), trainer.engine.module.parameters())]
+    assert any(changed)
 
 
 def test_phases_switch_the_objective(config):

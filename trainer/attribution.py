@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.counter_rng import Stream, uniforms
 from trainer.distributed import sum_over_ranks, world_size
-from trainer.gradmix import activation_map, layercam_peaks
+from trainer.gradmix import activation_map, find_peaks, layercam_peaks
 
 if TYPE_CHECKING:
     from trainer.config import MixingConfig
@@ -37,6 +37,30 @@ def peaks(maps: Sequence[Tensor], gradients: Sequence[Tensor], config: MixingCon
         sign=config.gradient_sign,
         suppress=config.gamma_max,
     )[0]
+
+
+def places(
+    maps: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    config: MixingConfig,
+    indices: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+) -> Tensor:
+    """Where the patches of the images `indices` (N,) go: `peaks`, or the least activated places where the configuration
+    says so, (N, P, 2) in view coordinates.
+
+    Most cells of a map are often not activated at all; which of them is then drawn by (seed, epoch, index).
+    """
+    if config.place != "least":
+        return peaks(maps, gradients, config)
+    activation = attribution(maps, gradients, config)
+    largest = activation.amax(dim=(1, 2), keepdim=True)
+    drawn = uniforms(seed, epoch, indices, Stream.TIES, activation[0].numel()).view_as(activation)
+    # Small enough to decide between equal cells alone, which takes double precision, and above 0, as a peak has to be.
+    inverted = torch.where(largest > 0, 1.0 - activation.double() / largest, torch.nan) + 1e-9 * (drawn + 1e-3)
+    return find_peaks(inverted, config.num_patches, config.gamma_max)[0]
 
 
 def first_view_gradients(maps: Mapping[str, Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,6 +87,12 @@ class PeakStore:
         """Remember `places` (N, P, 2) for `indices` (N,); NaN forgets."""
         self.places[indices] = places
         self._updated[indices] = True
+
+    def state(self) -> dict[str, Tensor]:
+        return {"places": self.places}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.places.copy_(state["places"])
 
     def synchronise(self) -> None:
         """Let all ranks know what each has learned since the last time; an image may come to another rank next.

@@ -3,6 +3,7 @@
     runs/demo/checkpoints/step-000000120/encoder.safetensors    weights and batch-norm statistics, float32
                                          optimizer.safetensors  the optimizer's memory of each weight
                                          peaks.safetensors      where each image gets its next patch
+                                         keys.safetensors       with MoCo, its key encoder and queue
                                          state.json             how far the run is, its identity, checksums of the files
 
 Tensors are stored by the name of the weight they belong to, whole, however many ranks and whichever ZeRO stage held
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,11 +26,18 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
-from trainer.attribution import PeakStore
 from trainer.distributed import from_first_rank
 from trainer.encoder import load_encoder, save_encoder
 
 _STATE = "state.json"
+
+
+class Memory(Protocol):
+    """What a run remembers beside weights and optimizer, the same on every rank."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +59,17 @@ class Progress:
 
 
 def save(
-    run_dir: Path, engine: Any, peaks: PeakStore, progress: Progress, identity: dict[str, Any], *, keep: int
+    run_dir: Path,
+    engine: Any,
+    memories: Mapping[str, Memory],
+    progress: Progress,
+    identity: dict[str, Any],
+    *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint and drop all but the newest `keep`. All ranks call it, between two steps of the optimizer.
+
+    Each of `memories` goes to a file of its name.
 
     Raises:
         InputError: the weights are not finite, or the disk is full; the earlier checkpoints are still there.
@@ -73,7 +89,8 @@ def save(
         with full_disk_is_bad_input(final), replacing_folder(final) as partial:
             save_encoder(engine.module, partial / "encoder.safetensors")
             save_file(memory, partial / "optimizer.safetensors")
-            save_file({"places": peaks.places}, partial / "peaks.safetensors")
+            for name, each in memories.items():
+                save_file(each.state(), partial / f"{name}.safetensors")
             record = {
                 "progress": asdict(progress),
                 "identity": identity,
@@ -104,7 +121,7 @@ def latest(run_dir: Path, warn: Callable[[str], None] = lambda text: None) -> Pa
     return None
 
 
-def load(folder: Path, engine: Any, peaks: PeakStore, identity: dict[str, Any]) -> Progress:
+def load(folder: Path, engine: Any, memories: Mapping[str, Memory], identity: dict[str, Any]) -> Progress:
     """Continue from a checkpoint; raises `InputError`, naming what differs, if it is of another configuration."""
     record = read_json(folder / _STATE, "checkpoint state")
     theirs = record["identity"]
@@ -122,8 +139,19 @@ def load(folder: Path, engine: Any, peaks: PeakStore, identity: dict[str, Any]) 
     scaler = _loss_scaler(engine)
     if scaler and record["loss_scaler"]:
         scaler[1](record["loss_scaler"])
-    peaks.places.copy_(load_file(folder / "peaks.safetensors")["places"])
+    for name, each in memories.items():
+        each.load_state(load_file(folder / f"{name}.safetensors"))
     return Progress(**{**record["progress"], "loss_sums": tuple(record["progress"]["loss_sums"])})
+
+
+def encoders(run_dir: Path) -> dict[int, Path]:
+    """The encoder's weights at the end of each epoch, from 1, that a checkpoint of the run is kept of."""
+    kept = {}
+    for folder in _all(run_dir):
+        progress = read_json(folder / _STATE, "checkpoint state")["progress"]
+        if progress["step"] == 0:
+            kept[progress["epoch"]] = folder / "encoder.safetensors"
+    return kept
 
 
 def discard(run_dir: Path) -> None:

@@ -1,7 +1,8 @@
 """Every knob of training, once: what it does, its unit, its range. And the recipes: a whole configuration per protocol.
 
-A recipe is a function of nothing; a variant of it is `dataclasses.replace`. The command line (`trainer.train --help`)
-is made from these classes, so a knob that is not here does not exist.
+A recipe is a function of nothing; a variant of it is `dataclasses.replace`, and so is a method: what it makes of a
+protocol's recipe. The command line (`trainer.train --help`) is made from these classes, so a knob that is not here does
+not exist, and one of another method is not offered.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data_pipeline.errors import InputError, unknown_name
 from data_pipeline.views import ViewConfig
 
 Layer = Literal["conv3_2", "conv4_2", "conv5_2"]
 Architecture = Literal["resnet18", "resnet34", "resnet50"]
+Classifier = Literal["linear", "reciprocal"]
+"""What makes logits of features: weights and a bias for each class, or a reciprocal point (ARPL)."""
 
 
 def _require(holds: bool, field_name: str, value: object, remedy: str) -> None:
@@ -62,11 +65,78 @@ class ObjectiveConfig:
     anchors: Literal["other", "both"] = "other"
     """What a mixed view is paired with: the other clean view of its image, or each of the two in turn."""
 
+    classifier: ClassVar[None] = None
+
     def __post_init__(self) -> None:
         _require(self.theta >= 0, "objective.theta", self.theta, "set it to 0 or more")
         _require(self.lam >= 0, "objective.lam", self.lam, "set it to 0 or more")
         _require(self.theta + self.lam > 0, "objective.theta", self.theta, "let θ or λ be above 0")
         _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
+
+    @property
+    def takes_mixed_views(self) -> bool:
+        return self.lam > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyConfig:
+    """A closed-set classifier: cross entropy of a linear layer, which stands in place of the projection head."""
+
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over all classes, 0 to below 1."""
+
+    classifier: ClassVar[Classifier] = "linear"
+    takes_mixed_views: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _require_smoothing(self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARPLConfig:
+    """Adversarial reciprocal point learning (Chen et al. 2021), without its generated confusing samples."""
+
+    weight: float = 0.1
+    """λ, weight of the term that bounds the open space; 0 or more."""
+    temperature: float = 1.0
+    """By which the logits are divided; above 0."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over all classes, 0 to below 1."""
+
+    classifier: ClassVar[Classifier] = "reciprocal"
+    takes_mixed_views: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "objective.weight", self.weight, "set it to 0 or more")
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
+        _require_smoothing(self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig:
+    """Momentum contrast (He et al. 2020) with the paper's values for its figure 5: no label is used."""
+
+    temperature: float = 0.05
+    """τ, by which cosine similarities are divided; above 0."""
+    queue_size: int = 8196
+    """Keys of earlier steps that a query is told from; at least the batch size."""
+    momentum: float = 0.999
+    """Share of its own weights that the key encoder keeps at each step, 0 to below 1."""
+
+    classifier: ClassVar[None] = None
+    takes_mixed_views: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "set it above 0")
+        _require(self.queue_size >= 2, "objective.queue-size", self.queue_size, "set it to 2 or more")
+        _require(0 <= self.momentum < 1, "objective.momentum", self.momentum, "set it within 0 to below 1")
+
+
+AnyObjective = ObjectiveConfig | CrossEntropyConfig | ARPLConfig | MoCoConfig
+
+
+def _require_smoothing(value: float) -> None:
+    _require(0 <= value < 1, "objective.label-smoothing", value, "set it within 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +154,8 @@ class MixingConfig:
     """Draw γ once for the batch, or for each image."""
     num_patches: int = 1
     """Patches per image, at peaks that do not overlap; 1 to 16."""
-    place: Literal["peak", "random"] = "peak"
-    """Where the patch goes: the most activated place, or anywhere (the control)."""
+    place: Literal["peak", "random", "least"] = "peak"
+    """Where the patch goes: the most activated place, or, as controls, anywhere or the least activated place."""
     peaks_from: Literal["previous_epoch", "same_step"] = "previous_epoch"
     """previous_epoch: a by-product of training, no extra pass; same_step: an extra forward and backward pass first."""
     attribution: Literal["layercam", "gradcam"] = "layercam"
@@ -114,7 +184,7 @@ class MixingConfig:
 
     @property
     def uses_peaks(self) -> bool:
-        return self.kind == "gradmix" and self.place == "peak"
+        return self.kind == "gradmix" and self.place != "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +247,7 @@ class TrackingConfig:
     experiment: str = "gradmix-osr"
     """MLflow experiment."""
     model_name: str | None = None
-    """Name in the model registry. Default: gradmix-PROTOCOL."""
+    """Name in the model registry. Default: METHOD-PROTOCOL."""
     alias: str = "champion"
     """Alias that is moved to the new model version; empty for none."""
     offline: bool = False
@@ -196,12 +266,15 @@ class TrainConfig:
 
     protocol: str = "digits"
     """Protocol the files were built for; it also chooses the recipe that the other defaults come from."""
+    method: str = "gradmix"
+    """gradmix, supcon+simclr, supcon, simclr, moco, cross_entropy or arpl; it also chooses the defaults, and which
+    options --objective has."""
     split: int = 0
     """Split of the protocol, from 0."""
     data: Path = Path("data")
     """Data folder that holds the built files, or the folder of one build."""
     run_dir: Path | None = None
-    """Run folder. Default: runs/PROTOCOL-SPLIT-seedSEED."""
+    """Run folder. Default: runs/PROTOCOL-SPLIT-seedSEED, with the method after PROTOCOL where it is not gradmix."""
     restart: bool = False
     """Discard what the run folder holds and start over, instead of going on from its last checkpoint."""
     seed: int = 0
@@ -210,7 +283,7 @@ class TrainConfig:
     epochs: int = 600
     """Passes over the training images; 1 or more."""
     phases: tuple[str, ...] = ()
-    """Phases EPOCHS:THETA:LAMBDA one after the other; when given, they replace epochs, θ and λ."""
+    """Phases EPOCHS:THETA:LAMBDA one after the other; when given, they replace epochs, θ and λ. Contrastive methods."""
     batch_size: int = 256
     """Images of a step over all ranks; 2 or more. Each is seen in two or three views."""
     cache: Literal["auto", "resident", "stream"] = "auto"
@@ -219,11 +292,13 @@ class TrainConfig:
     workers: int = 1
     """FFCV decoding threads of each rank; 1 or more."""
 
-    batch_norm: Literal["global", "local"] = "global"
+    batch_norm: Literal["global", "local", "shuffled"] = "global"
     """global: normalise over the images of all ranks, so that their number changes nothing; local: each rank over its
-    own, without communication."""
+    own, without communication; shuffled: local, and moco's keys with other images than their queries, as in He et al.
+    2020."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: AnyObjective = field(default_factory=ObjectiveConfig)
+    """The method's loss."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -257,6 +332,23 @@ class TrainConfig:
         _require(self.workers >= 1, "workers", self.workers, "set it to 1 or more")
         for text in self.phases:
             Phase.parse(text)
+        moco = isinstance(self.objective, MoCoConfig)
+        _require(
+            moco or self.batch_norm != "shuffled", "batch-norm", self.batch_norm, "it is moco's: set another, or moco"
+        )
+        if moco and self.objective.queue_size < self.batch_size:
+            raise InputError(
+                f"objective.queue-size is {self.objective.queue_size}; set it to at least --batch-size, "
+                f"which is {self.batch_size}"
+            )
+        contrastive = isinstance(self.objective, ObjectiveConfig)
+        _require(contrastive or not self.phases, "phases", self.phases, f"leave it out: {self.method} has no θ and λ")
+        _require(
+            self.objective.classifier is None or self.mixing.kind == "none",
+            "mixing.kind",
+            self.mixing.kind,
+            f"set it to none: {self.method} makes nothing of a mixed view",
+        )
         _require(0 < self.accept <= 1, "accept", self.accept, "set it within (0, 1]")
         _require(min((self.k, *self.ks)) >= 1, "ks", self.ks, "set k and every k of ks to 1 or more")
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
@@ -273,32 +365,33 @@ class TrainConfig:
         _require(self.evaluate_every >= 0, "evaluate-every", self.evaluate_every, "set it to 0 or more")
 
     @property
-    def schedule(self) -> tuple[Phase, ...]:
-        """The phases of this run; one, if none were given."""
-        if self.phases:
-            return tuple(Phase.parse(text) for text in self.phases)
-        return (Phase(epochs=self.epochs, theta=self.objective.theta, lam=self.objective.lam),)
+    def schedule(self) -> tuple[tuple[int, AnyObjective], ...]:
+        """Epochs and objective of each stretch of this run; one, if no phases were given."""
+        phases = [Phase.parse(text) for text in self.phases]
+        stretches = [(p.epochs, dataclasses.replace(self.objective, theta=p.theta, lam=p.lam)) for p in phases]
+        return tuple(stretches) or ((self.epochs, self.objective),)
 
     @property
     def total_epochs(self) -> int:
-        return sum(phase.epochs for phase in self.schedule)
+        return sum(epochs for epochs, _ in self.schedule)
 
-    def objective_at(self, epoch: int) -> ObjectiveConfig:
+    def objective_at(self, epoch: int) -> AnyObjective:
         """The objective of epoch `epoch`, from 0."""
-        for phase in self.schedule:
-            if epoch < phase.epochs:
-                return dataclasses.replace(self.objective, theta=phase.theta, lam=phase.lam)
-            epoch -= phase.epochs
+        for epochs, objective in self.schedule:
+            if epoch < epochs:
+                return objective
+            epoch -= epochs
         raise IndexError("epoch past the end of the schedule")
 
     @property
     def folder(self) -> Path:
-        return self.run_dir or Path("runs") / f"{self.protocol}-{self.split}-seed{self.seed}"
+        method = "" if self.method == "gradmix" else f"-{self.method}"
+        return self.run_dir or Path("runs") / f"{self.protocol}{method}-{self.split}-seed{self.seed}"
 
     @property
     def model_name(self) -> str:
         # MLflow model names take neither "/" nor ":"; "+" of cifar+10 is fine.
-        return self.tracking.model_name or f"gradmix-{self.protocol}"
+        return self.tracking.model_name or f"{self.method}-{self.protocol}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -311,7 +404,7 @@ class TrainConfig:
         free = {
             "data", "run_dir", "restart", "cache", "workers", "evaluate_every", "checkpoint_every",
             "checkpoint_minutes", "keep_checkpoints", "log_every", "tracking", "k", "ks", "accept", "deepspeed_config",
-            "init_from",
+            "init_from", "method",
         }  # fmt: skip
         return {name: value for name, value in self.to_dict().items() if name not in free}
 
@@ -392,13 +485,100 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar10-ood-svhn": _cifar,
     "tinyimagenet": _tinyimagenet,
     "tinyimagenet-closed": _tinyimagenet,
+    "tinyimagenet-all": _tinyimagenet,
     "custom": _tinyimagenet,
 }
 
 
-def recipe(protocol: str) -> TrainConfig:
-    """The defaults of a protocol; a pseudo-open one ("cifar10-pseudo0") has those of the protocol it came from."""
+def _gradmix(base: TrainConfig) -> TrainConfig:
+    """The paper's method: eq. 8 with the protocol's mixing."""
+    return base
+
+
+def _supcon_simclr(base: TrainConfig) -> TrainConfig:
+    """Eq. 3, without a mixed view; published (table 1): CIFAR-10 88.75, TinyImageNet 77.48."""
+    return dataclasses.replace(base, mixing=MixingConfig(kind="none"))
+
+
+def _supcon(base: TrainConfig) -> TrainConfig:
+    """Eq. 2 alone; published (table 1): CIFAR-10 67.15, TinyImageNet 72.97."""
+    objective = dataclasses.replace(base.objective, theta=1.0, lam=0.0)
+    return dataclasses.replace(_supcon_simclr(base), objective=objective)
+
+
+def _simclr(base: TrainConfig) -> TrainConfig:
+    """Eq. 1 alone: no label is used."""
+    objective = dataclasses.replace(base.objective, theta=0.0, lam=1.0)
+    return dataclasses.replace(_supcon_simclr(base), objective=objective)
+
+
+def _moco(base: TrainConfig) -> TrainConfig:
+    """MoCo with the paper's queue of 8,196 and momentum of 0.999, without mixing; --mixing.kind gradmix adds it."""
+    return dataclasses.replace(_supcon_simclr(base), objective=MoCoConfig())
+
+
+def _cross_entropy(base: TrainConfig) -> TrainConfig:
+    """The tuned closed-set classifier of Vaze et al. 2022 ("a good closed-set classifier is all you need"), 600 epochs.
+
+    Batch 128, SGD with a cosine from 0.1 to 0, warm-up, weight decay 1e-4; TinyImageNet at 0.01 with label smoothing
+    0.9. In place of their RandAugment it sees the protocol's own two views of each image, as the other methods do, and
+    one cosine replaces their two restarts. Their maximum logit score reaches 83.0 AUROC on TinyImageNet.
+    """
+    tiny = base.protocol.startswith("tinyimagenet")
+    return dataclasses.replace(
+        base,
+        objective=CrossEntropyConfig(label_smoothing=0.9 if tiny else 0.0),
+        **_classifiers_schedule(base, 0.01 if tiny else 0.1),
+    )
+
+
+def _arpl(base: TrainConfig) -> TrainConfig:
+    """ARPL as Vaze et al. 2022 tuned it: `_cross_entropy`'s schedule, TinyImageNet at 0.001 with label smoothing 0.9.
+
+    Published (table 2, by the authors of ARPL): CIFAR-10 90.1, TinyImageNet 76.2.
+    """
+    tiny = base.protocol.startswith("tinyimagenet")
+    return dataclasses.replace(
+        base,
+        objective=ARPLConfig(label_smoothing=0.9 if tiny else 0.0),
+        **_classifiers_schedule(base, 0.001 if tiny else 0.1),
+    )
+
+
+def _classifiers_schedule(base: TrainConfig, learning_rate: float) -> dict[str, Any]:
+    """Mixing, batch size and optimizer of the two classifiers."""
+    return {
+        "mixing": MixingConfig(kind="none"),
+        "batch_size": min(base.batch_size, 128),
+        "optimizer": OptimizerConfig(
+            name="sgd",
+            learning_rate=learning_rate,
+            final_share=0.0,
+            warmup_epochs=base.epochs / 30,
+            weight_decay=1e-4,
+        ),
+    }
+
+
+METHODS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "gradmix": _gradmix,
+    "supcon+simclr": _supcon_simclr,
+    "supcon": _supcon,
+    "simclr": _simclr,
+    "moco": _moco,
+    "cross_entropy": _cross_entropy,
+    "arpl": _arpl,
+}
+
+
+def recipe(protocol: str, method: str = "gradmix") -> TrainConfig:
+    """The defaults of a method on a protocol.
+
+    A pseudo-open protocol ("cifar10-pseudo0") has the defaults of the one it came from.
+    """
     base = protocol.rsplit("-pseudo", 1)[0]
     if base not in RECIPES:
         raise unknown_name("protocol", protocol, RECIPES)
-    return dataclasses.replace(RECIPES[base](), protocol=protocol)
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    return dataclasses.replace(METHODS[method](dataclasses.replace(RECIPES[base](), protocol=protocol)), method=method)

@@ -1,4 +1,6 @@
-"""The encoder: a residual network with a projection head. One forward gives embeddings and the feature maps asked for.
+"""The encoder: a residual network with a projection head or a classifier on top.
+
+One forward gives embeddings and the feature maps asked for, and with a classifier also logits.
 
 Blocks are torchvision's; the network around them is here because torchvision's has neither the stem for small images
 nor a width.
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from data_pipeline.errors import InputError
-from trainer.config import EncoderConfig
+from trainer.config import Classifier, EncoderConfig
 
 _DEPTHS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -33,18 +35,29 @@ class Encoded(NamedTuple):
     """What the encoder makes of B views.
 
     Attributes:
-        embeddings: (B, D) float32, of length 1.
+        embeddings: (B, D) float32, of length 1; what the head makes of the features, or with a classifier they
+            themselves.
         maps: for each layer asked for, its output (B, K, h, w), part of the graph.
+        logits: (B, classes) float32, the larger the more likely; None without a classifier.
+        margins: (B, classes) float32, how far each view is outside of what the class's reciprocal point bounds; None
+            but with reciprocal points.
     """
 
     embeddings: Tensor
     maps: dict[str, Tensor]
+    logits: Tensor | None = None
+    margins: Tensor | None = None
 
 
 class Encoder(nn.Module):
-    """Views (B, C, H, W) to `Encoded`. `channels` is C, 1 or 3."""
+    """Views (B, C, H, W) to `Encoded`. `channels` is C, 1 or 3.
 
-    def __init__(self, config: EncoderConfig, channels: int) -> None:
+    With a `classifier` of so many `classes` there is no projection head: the embedding is the features' direction.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, channels: int, classifier: Classifier | None = None, classes: int = 0
+    ) -> None:
         super().__init__()
         block, depths = _DEPTHS[config.architecture]
         if config.stem == "small":
@@ -66,11 +79,16 @@ class Encoder(nn.Module):
             stages.append(_stage(block, in_channels, planes, depth, stride))
             in_channels = planes * block.expansion
         self.stages = nn.ModuleList(stages)
-        self.head = nn.Sequential(
-            nn.Linear(in_channels, config.hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(config.hidden_dim, config.embedding_dim),
-        )
+        self.head = self.classifier = None
+        if classifier is None:
+            self.head = nn.Sequential(
+                nn.Linear(in_channels, config.hidden_dim),
+                nn.ReLU(inplace=True),
+                nn.Linear(config.hidden_dim, config.embedding_dim),
+            )
+        else:
+            self.classifier = _CLASSIFIERS[classifier](in_channels, classes)
+        self.embedding_dim = config.embedding_dim if classifier is None else in_channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -85,7 +103,47 @@ class Encoder(nn.Module):
                 maps[wanted[number]] = features
         pooled = features.mean(dim=(2, 3))
         # Similarities at a temperature of 0.05 need more than bfloat16's eight bits.
-        return Encoded(F.normalize(self.head(pooled).float(), dim=1), maps)
+        if self.classifier is None:
+            return Encoded(F.normalize(self.head(pooled).float(), dim=1), maps)
+        return Encoded(F.normalize(pooled.float(), dim=1), maps, *self.classifier(pooled))
+
+
+class LinearClassifier(nn.Linear):
+    """Features (B, D) to logits (B, classes) float32, and no margins."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, None]:
+        return super().forward(features).float(), None
+
+
+class ReciprocalPoints(nn.Module):
+    """Reciprocal points (Chen et al. 2021, ARPL): each stands for everything that is *not* its class.
+
+    A view with features x ∈ ℝᴰ belongs to a class the more, the farther it is from that class's point p and the more
+    it points elsewhere; and all classes are kept within one learnt radius R of their points, so that the open space
+    between them is bounded:
+
+        logitₖ = ‖x − pₖ‖² / D − x·pₖ
+        marginₖ = ‖x − pₖ‖² / D − R
+
+    Both are (B, classes) float32.
+    """
+
+    def __init__(self, dimension: int, classes: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(0.1 * torch.randn(classes, dimension))
+        self.radius = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        # Differences of large squares: not in eight bits.
+        with torch.autocast(features.device.type, enabled=False):
+            features, points = features.float(), self.points.float()
+            products = features @ points.T
+            squares = features.square().sum(dim=1, keepdim=True) + points.square().sum(dim=1)
+            distances = (squares - 2.0 * products) / features.shape[1]
+            return distances - products, distances - self.radius
+
+
+_CLASSIFIERS = {"linear": LinearClassifier, "reciprocal": ReciprocalPoints}
 
 
 def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
@@ -104,14 +162,22 @@ def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, st
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, views: Tensor, batch_size: int = 512) -> Tensor:
-    """Embeddings (B, D) float32 of views (B, C, H, W) with the encoder in evaluation mode, which is restored after."""
+def encode(encoder: Encoder, views: Tensor, batch_size: int = 512) -> Encoded:
+    """Embeddings, and logits if there are any, of views (B, C, H, W), B ≥ 1, with the encoder in evaluation mode, which
+    is restored after."""
     was_training = encoder.training
     encoder.eval()
     try:
-        return torch.cat([encoder(part).embeddings for part in views.split(batch_size)])
+        parts = [encoder(part) for part in views.split(batch_size)]
     finally:
         encoder.train(was_training)
+    columns = [None if column[0] is None else torch.cat(column) for column in zip(*(p[:1] + p[2:] for p in parts))]
+    return Encoded(columns[0], {}, *columns[1:])
+
+
+def embed(encoder: Encoder, views: Tensor, batch_size: int = 512) -> Tensor:
+    """Embeddings (B, D) float32 of views (B, C, H, W); see `encode`."""
+    return encode(encoder, views, batch_size).embeddings
 
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
@@ -134,6 +200,6 @@ def load_encoder(encoder: Encoder, path: Path) -> None:
     if different:
         raise InputError(
             f"{path} holds another encoder: {len(different)} of {len(own)} tensors differ, such as {min(different)}: "
-            "set --encoder.* to what it was trained with"
+            "set --encoder.* and --method to what it was trained with"
         )
     encoder.load_state_dict(state)

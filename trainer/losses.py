@@ -1,4 +1,4 @@
-"""The losses: SimCLR (eq. 1), SupCon (eq. 2) and the objective (eq. 8). Pure functions of tensors.
+"""The losses: SimCLR (eq. 1), SupCon (eq. 2), the objective (eq. 8), and classifiers'. Pure functions of tensors.
 
 Shapes: N images on this rank, R ranks, D the embedding's length. Embeddings have length 1, so that a product is a
 cosine similarity. Every anchor of this rank sees the keys of all ranks; what comes back is this rank's mean, and the
@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config import ObjectiveConfig
+from trainer.config import ARPLConfig, CrossEntropyConfig, MoCoConfig, ObjectiveConfig
 from trainer.distributed import gather, rank, world_size
 
 MOST_AT_ONCE = 1 << 26
@@ -109,6 +110,100 @@ def objective(
             ]
             gradmix = (gamma**2 * torch.stack(losses).mean(dim=0)).mean()
     return Objective(config.theta * supcon + config.lam * (simclr + gradmix), supcon, simclr, gradmix)
+
+
+class MomentumObjective(NamedTuple):
+    """MoCo's loss and its parts, scalars: total = moco + gradmix, gradmix already times γ²."""
+
+    total: Tensor
+    moco: Tensor
+    gradmix: Tensor
+
+
+def momentum_objective(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    gamma: float | Tensor | None,
+    config: MoCoConfig,
+    *,
+    share: Tensor | None = None,
+    partner: Tensor | None = None,
+) -> MomentumObjective:
+    """Momentum contrast (He et al. 2020), with the mixed view weighed as in eq. 8: ℓ(z¹) + γ²·ℓ(z̃), each the mean over
+    the images i of
+
+        −log( exp(qᵢ·kᵢ/τ) / (exp(qᵢ·kᵢ/τ) + Σ_{z∈queue} exp(qᵢ·z/τ)) )
+
+    Args:
+        queries: (2N, D) in blocks: all x¹, all x̃; or (N, D) without mixing.
+        keys: (N, D) of x², by the key encoder.
+        queue: (Q, D), keys of earlier steps.
+        gamma, share, partner: as for `objective`.
+    """
+    views = queries.view(-1, len(keys), queries.shape[1])
+
+    def losses(view: Tensor, positives: Tensor) -> Tensor:
+        own = (view * positives).sum(dim=1, keepdim=True)
+        return F.cross_entropy(
+            torch.cat([own, view @ queue.T], dim=1) / config.temperature,
+            torch.zeros(len(view), dtype=torch.int64, device=view.device),
+            reduction="none",
+        )
+
+    moco = losses(views[0], keys).mean()
+    gradmix = queries.new_zeros(())
+    if len(views) == 2:
+        mixed = losses(views[1], keys)
+        if share is not None:
+            mixed = share * mixed + (1.0 - share) * losses(views[1], keys[partner])
+        gradmix = (gamma**2 * mixed).mean()
+    return MomentumObjective(moco + gradmix, moco, gradmix)
+
+
+class CrossEntropy(NamedTuple):
+    """The closed-set classifier's loss, a scalar."""
+
+    total: Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, config: CrossEntropyConfig) -> CrossEntropy:
+    """The mean over the V·N views, with C classes and the share ε of label smoothing, of
+
+        −Σ_c q_c log softmax(logits)_c,  q_c = (1 − ε)[c = label] + ε/C
+
+    Args:
+        logits: (V·N, C) in blocks: all first views, all second ones, ...
+        labels: (N,) int64.
+    """
+    targets = labels.repeat(len(logits) // len(labels))
+    return CrossEntropy(F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing))
+
+
+class ReciprocalLoss(NamedTuple):
+    """ARPL's loss and its parts, scalars: total = classification + λ·open_space."""
+
+    total: Tensor
+    classification: Tensor
+    open_space: Tensor
+
+
+def reciprocal_loss(logits: Tensor, margins: Tensor, labels: Tensor, config: ARPLConfig) -> ReciprocalLoss:
+    """Adversarial reciprocal point learning (Chen et al. 2021): the mean over the V·N views, of class y each, of
+
+        cross_entropy(logits / T) + λ·max(margin_y, 0)
+
+    with the logits ‖x − pₖ‖²/D − x·pₖ and margins ‖x − pₖ‖²/D − R of `trainer.encoder.ReciprocalPoints`. (The authors'
+    program has max(margin_y + 1, 0), which is the same, its R being one larger.)
+
+    Args:
+        logits, margins: (V·N, C) in blocks: all first views, all second ones, ...
+        labels: (N,) int64.
+    """
+    targets = labels.repeat(len(logits) // len(labels))
+    classification = F.cross_entropy(logits / config.temperature, targets, label_smoothing=config.label_smoothing)
+    open_space = margins.gather(1, targets.unsqueeze(1)).relu().mean()
+    return ReciprocalLoss(classification + config.weight * open_space, classification, open_space)
 
 
 def _gather_views(views: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Metrics of open set recognition and of out-of-distribution detection.
+"""Metrics of open set recognition and of out-of-distribution detection, their error bars, and the intrinsic dimension.
 
 Scores follow one convention: larger means more known. "Known" images belong to the classes trained on, that is, are
 in-distribution; "unknown" ones are not. Every metric is a float in [0, 1], larger being better.
@@ -6,7 +6,8 @@ in-distribution; "unknown" ones are not. Every metric is a float in [0, 1], larg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -139,6 +140,134 @@ def detection_metrics(known_scores: ArrayLike, unknown_scores: ArrayLike) -> dic
         "auin": _average_precision(known, unknown),
         "auout": _average_precision(-unknown, -known),
     }
+
+
+def top_k_accuracy(logits: ArrayLike, labels: ArrayLike, k: int) -> float:
+    """Share of images whose label is among the k classes of the largest logits; of equal logits the lower class counts.
+
+    Args:
+        logits: (n, C) finite, n ≥ 1.
+        labels: (n,) integers 0..C-1.
+        k: 1 or more; from C on the accuracy is 1.
+
+    Raises:
+        ValueError: if an input is empty, not finite or of the wrong shape, or `k` is below 1.
+    """
+    values, classes = np.asarray(logits), np.asarray(labels)
+    if values.ndim != 2 or len(values) == 0 or classes.shape != values.shape[:1]:
+        raise ValueError(f"logits must be (n, C) and labels (n,), n ≥ 1, got {values.shape} and {classes.shape}")
+    if k < 1 or not np.isfinite(values).all():
+        raise ValueError(f"k must be 1 or more and logits finite, got k = {k}")
+    own = np.take_along_axis(values, classes[:, None], axis=1)
+    before = np.arange(values.shape[1]) < classes[:, None]
+    rank = (values > own).sum(axis=1) + ((values == own) & before).sum(axis=1)
+    return float(np.mean(rank < k))
+
+
+class Curve(NamedTuple):
+    """A curve over all thresholds, from the one that accepts nothing to the one that accepts all; (t,) each."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+def roc_curve(known_scores: ArrayLike, unknown_scores: ArrayLike) -> Curve:
+    """TPR(t), the share of known images with s ≥ t, over FPR(t), that of unknown ones; the area is `auroc`."""
+    known = _scores("known_scores", known_scores)
+    return oscr_curve(known, np.ones(len(known), dtype=bool), unknown_scores)
+
+
+def oscr_curve(known_scores: ArrayLike, known_correct: ArrayLike, unknown_scores: ArrayLike) -> Curve:
+    """CCR(t) over FPR(t), see `oscr`, which is the area under it."""
+    known = _scores("known_scores", known_scores)
+    unknown = _scores("unknown_scores", unknown_scores)
+    correct = np.asarray(known_correct, dtype=bool)
+    _, accepted_unknown, accepted_correct = _accepted(known, unknown, known[correct])
+    return Curve(np.r_[0, accepted_unknown] / len(unknown), np.r_[0, accepted_correct] / len(known))
+
+
+class Interval(NamedTuple):
+    """A confidence interval of a metric, and the standard deviation of the metric over the resamples."""
+
+    low: float
+    high: float
+    deviation: float
+
+
+def bootstrap_interval(
+    metric: Callable[..., float],
+    *sizes: int,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over test images (Efron 1979): each group is drawn anew with replacement, by itself.
+
+    The interval is that of other test images from the same source; that of other training runs is wider.
+
+    Args:
+        metric: from one vector of places for each group, within 0 to size - 1, to a number:
+            `bootstrap_interval(lambda i, j: auroc(known[i], unknown[j]), len(known), len(unknown))`.
+        sizes: images in each group, 1 or more.
+        resamples: how often to draw, 2 or more.
+        confidence: share of the resampled metrics that the interval holds, in (0, 1).
+    """
+    from scipy.stats import bootstrap
+
+    if max(sizes) == 1:
+        # There is nothing else to draw.
+        value = metric(*(np.zeros(1, dtype=np.int64) for _ in sizes))
+        return Interval(value, value, 0.0)
+    # SciPy wants two observations of each group; one of its own size has only itself to draw.
+    result = bootstrap(
+        tuple(np.arange(size) if size > 1 else np.zeros(2, dtype=np.int64) for size in sizes),
+        metric,
+        n_resamples=resamples,
+        batch=16,
+        vectorized=False,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = result.confidence_interval
+    return Interval(float(interval.low), float(interval.high), float(result.standard_error))
+
+
+class IntrinsicDimension(NamedTuple):
+    """What `two_nn` finds, and the points its line was fitted to, (p,) each: log μ, and −log(1 − F(μ))."""
+
+    dimension: float
+    log_ratio: NDArray[np.float64]
+    log_survival: NDArray[np.float64]
+
+
+def two_nn(points: ArrayLike, *, discard: float = 0.1) -> IntrinsicDimension:
+    """Intrinsic dimension by the two nearest neighbours (TwoNN; Facco et al. 2017, Scientific Reports 7:12140).
+
+    The ratio μ = r₂ / r₁ of a point's distances to its second and first neighbour is Pareto distributed with exponent d
+    wherever the density is constant up to the second neighbour: F(μ) = 1 − μ⁻ᵈ. So d is the slope through the origin of
+    −log(1 − F) over log μ, F being the empirical distribution, without the share `discard` of the largest ratios.
+
+    Equal points count once. The fit is scikit-dimension's.
+
+    Args:
+        points: (n, D) finite, at least 3 distinct rows.
+
+    Raises:
+        ValueError: if there are fewer, or one is not finite.
+    """
+    from skdim.id import TwoNN
+    from sklearn.neighbors import NearestNeighbors
+
+    distinct = np.unique(np.asarray(points, dtype=np.float64), axis=0)
+    if distinct.ndim != 2 or len(distinct) < 3 or not np.isfinite(distinct).all():
+        raise ValueError(f"points must be finite, with 3 or more distinct rows, got {distinct.shape}")
+    neighbours = NearestNeighbors(n_neighbors=2).fit(distinct).kneighbors(return_distance=False)
+    # Again from the differences: the search expands the square, which leaves few digits of a small distance.
+    distances = np.linalg.norm(distinct[neighbours] - distinct[:, None], axis=2)
+    distances.sort(axis=1)
+    fit = TwoNN(discard_fraction=discard, dist=True).fit(distances)
+    return IntrinsicDimension(float(fit.dimension_), fit.x_.ravel(), fit.y_.ravel())
 
 
 def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -27,8 +27,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
 from data_pipeline.protocols import UNKNOWN
 from data_pipeline.views import render_plain
-from trainer.config import EncoderConfig
-from trainer.encoder import Encoder, embed, load_encoder, save_encoder
+from trainer.config import Classifier, EncoderConfig
+from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 from trainer.open_set import Scores, decide, score
 from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
 
@@ -51,6 +51,9 @@ class ModelCard:
     threshold: float
     accept: float
     """Share of held-out known images that the threshold was set to accept."""
+    method: str = "gradmix"
+    """What trained the encoder, by its name in `trainer.config.METHODS`."""
+    classifier: Classifier | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -78,6 +81,14 @@ class OpenSetModel:
         parts = [embed(self.encoder, self._render(part.to(self.device)), _BATCH) for part in images.split(_BATCH)]
         return torch.cat(parts) if parts else self.gallery.new_empty((0, self.gallery.shape[1]))
 
+    def logits(self, images: Tensor) -> Tensor | None:
+        """Logits (M, C) of uint8 images (M, H, W, C), M ≥ 1, a column for each of the card's class names; None for an
+        encoder without a classifier. The largest, and their largest softmax, are scores: larger means more known."""
+        if self.encoder.classifier is None:
+            return None
+        parts = images.split(_BATCH)
+        return torch.cat([encode(self.encoder, self._render(part.to(self.device)), _BATCH).logits for part in parts])
+
     def score(self, images: Tensor, ks: Sequence[int]) -> Scores:
         """Scores and predicted classes (M, len(ks)); a larger score means more known."""
         return score(self.embed(images), self.gallery, self.gallery_labels, ks)
@@ -99,7 +110,7 @@ class OpenSetModel:
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
         card = ModelCard.from_dict(read_json(folder / "model.json", "model"))
-        encoder = Encoder(card.encoder, card.channels)
+        encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
         load_encoder(encoder, folder / "encoder.safetensors")
         gallery = load_file(folder / "gallery.safetensors", device=str(device))
         return cls(card, encoder.to(device), gallery["embeddings"], gallery["labels"])
@@ -233,7 +244,7 @@ class RegisterConfig:
     run_dir: Path
     """Run folder of a finished training."""
     model_name: str | None = None
-    """Name in the registry. Default: gradmix-PROTOCOL."""
+    """Name in the registry. Default: METHOD-PROTOCOL."""
     alias: str = "champion"
     """Alias that is moved to the new version; empty for none."""
 
@@ -245,7 +256,7 @@ def main() -> None:
         description="Register the model of a run folder in MLflow, where training could not do it itself.",
     )
     card = ModelCard.from_dict(read_json(config.run_dir / "model" / "model.json", "model"))
-    name = config.model_name or f"gradmix-{card.protocol['name']}"
+    name = config.model_name or f"{card.method}-{card.protocol['name']}"
     version = register(config.run_dir, name, config.alias)
     print(f"registered {name} version {version}" + (f" as @{config.alias}" if config.alias else ""))
 

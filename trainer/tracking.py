@@ -212,7 +212,8 @@ class JournalTracker:
 def deliver(run_dir: Path) -> int:
     """Bring MLflow up to date with a run folder; returns how many journal lines were new to it.
 
-    Makes the MLflow run if there is none yet, with the configuration as parameters and the split hash as a tag.
+    Makes the MLflow run if there is none yet, with the configuration as parameters and the split hash as a tag. When
+    the run is over, its report and figures follow as artifacts.
     """
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
@@ -237,6 +238,7 @@ def deliver(run_dir: Path) -> int:
     link = link.replaced(delivered=link.delivered + len(lines))
     link.save(run_dir)
     if link.status != "RUNNING":
+        _deliver_report(client, link.run_id, run_dir)
         client.set_terminated(link.run_id, link.status)
     return len(lines)
 
@@ -249,6 +251,15 @@ def went_through(action: Callable[[], Any]) -> bool:
     except Exception:
         return False
     return True
+
+
+def _deliver_report(client: Any, run_id: str, run_dir: Path) -> None:
+    """What `trainer.report.write_report` left in the folder; delivered again, it replaces itself."""
+    for name in ("report.html", "table.json", "table.csv"):
+        if (run_dir / name).is_file():
+            client.log_artifact(run_id, str(run_dir / name))
+    if (run_dir / "figures").is_dir():
+        client.log_artifacts(run_id, str(run_dir / "figures"), "figures")
 
 
 def discard_journal(run_dir: Path) -> None:

@@ -36,14 +36,14 @@ from data_pipeline.loader import Batch, Loader, Partitions, open_loader
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
-from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, peaks, random_places
+from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, places, random_places
 from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig, recipe
 from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
 from trainer.encoder import Encoder, load_encoder
 from trainer.engine import autocast_dtype, join_ranks, make_engine, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import build_model, evaluate_open_set, metrics_table
-from trainer.losses import Objective, objective
+from trainer.methods import Method, method_of
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.registry import register
 from trainer.roll_call import roll_call
@@ -58,11 +58,9 @@ from trainer.tracking import (
     without_password,
 )
 
-LOSS_PARTS = Objective._fields
-
 
 class Trainer:
-    """Everything one training run holds: data, views, engine, peaks."""
+    """Everything one training run holds: data, views, method, engine, peaks."""
 
     def __init__(self, config: TrainConfig, partitions: Partitions) -> None:
         self.config, self.partitions = config, partitions
@@ -85,7 +83,7 @@ class Trainer:
         self.peaks = PeakStore(self.loader.count, config.mixing.num_patches, device)
 
         torch.manual_seed(config.seed)  # initial weights; all other random numbers are functions of their place
-        encoder = Encoder(config.encoder, self.build.manifest.channels)
+        encoder = new_encoder(config, self.build)
         if config.init_from is not None:
             load_encoder(encoder, config.init_from)
         if config.batch_norm == "global" and world_size() > 1:
@@ -100,10 +98,19 @@ class Trainer:
             warmup_steps=round(steps_per_epoch * config.optimizer.warmup_epochs),
         )
 
+        dtype = self.autocast_dtype
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        self.method: Method = method_of(config, lambda: portable_encoder(self), self.autocast)
+
+    @property
+    def memories(self) -> dict[str, checkpoint.Memory]:
+        """What a checkpoint holds beside the engine."""
+        return {"peaks": self.peaks, **self.method.memories}
+
     def train_step(self, batch: Batch, epoch: int, step: int) -> Tensor:
-        """One forward, backward and update; returns the loss parts (4,) in the order of `LOSS_PARTS`, on the device."""
+        """One forward, backward and update; returns the method's loss parts in their order, on the device."""
         mixing, settings = self.config.mixing, self.config.objective_at(epoch)
-        mixes = mixing.kind != "none" and settings.lam > 0
+        mixes = mixing.kind != "none" and settings.takes_mixed_views
         layers = mixing.layers if mixes and mixing.uses_peaks else ()
         first, second = self.parameters(batch, epoch, 0), self.parameters(batch, epoch, 1)
         if mixes:
@@ -111,22 +118,18 @@ class Trainer:
         else:
             views, mixed = self.render(batch, first, second), None
         retain = layers if mixing.peaks_from == "previous_epoch" else ()
-        encoded = self.engine(views, retain)
+        seen, keys = self.method.split(views, len(batch.images), epoch=epoch, step=step)
+        encoded = self.engine(seen, retain)
         for feature_map in encoded.maps.values():
             feature_map.retain_grad()
-        losses = objective(
-            encoded.embeddings,
-            batch.labels,
-            mixed and mixed.gamma,
-            settings,
-            share=mixed and mixed.share,
-            partner=mixed and mixed.partner,
-        )
+        losses = self.method.losses(encoded, keys, batch.labels, mixed, settings)
         self.engine.backward(losses.total)
         if retain:
-            found = peaks(*first_view_gradients(encoded.maps, len(batch.images)), mixing)
+            maps = first_view_gradients(encoded.maps, len(batch.images))
+            found = places(*maps, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
             self.peaks.update(batch.indices, first.geometry.to_source(found))
         self.engine.step()
+        self.method.remember(keys, self.engine.module, updated=(step + 1) % self.accumulation == 0)
         return torch.stack(losses).detach()
 
     def parameters(self, batch: Batch, epoch: int, number: int) -> ViewParameters:
@@ -171,32 +174,32 @@ class Trainer:
         views = self.render(batch, first, second)
         centers = None
         if same_step:
-            found = self.same_step_peaks(batch, views, epoch)
+            found = self.same_step_peaks(batch, views, epoch, step)
             centers = torch.where(found.isnan(), random_places(batch.indices, mixing.num_patches, **draw), found)
         mixed = mix(views[:n], batch.indices, centers, mixing, step=step, **draw)
         return torch.cat([views, mixed.views]), mixed
 
-    def same_step_peaks(self, batch: Batch, views: Tensor, epoch: int) -> Tensor:
+    def same_step_peaks(self, batch: Batch, views: Tensor, epoch: int, step: int) -> Tensor:
         """Peaks (N, P, 2) of the first of the views (2N, C, h, w) by an extra pass that changes neither gradients nor
         statistics."""
-        mixing, encoder = self.config.mixing, self.engine.module
-        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        mixing, encoder, n = self.config.mixing, self.engine.module, len(batch.images)
+        seen, keys = self.method.split(views, n, epoch=epoch, step=step)
         with frozen_statistics(encoder):
-            with autocast:
-                encoded = encoder(views, mixing.layers)
-            losses = objective(encoded.embeddings, batch.labels, None, self.config.objective_at(epoch))
+            with self.autocast:
+                encoded = encoder(seen, mixing.layers)
+            losses = self.method.losses(encoded, keys, batch.labels, None, self.config.objective_at(epoch))
             maps = list(encoded.maps.values())
             gradients = torch.autograd.grad(losses.total, maps)
-        n = len(batch.images)
-        return peaks([a.detach()[:n] for a in maps], [g[:n] for g in gradients], mixing)
+        found = [a.detach()[:n] for a in maps], [g[:n] for g in gradients]
+        return places(*found, mixing, batch.indices, seed=self.config.seed, epoch=epoch)
 
 
 class LossLog:
     """The loss parts of an epoch. They stay on the device until they are read, so that no step waits for the host."""
 
-    def __init__(self, epoch: int, step: int, sums: Sequence[float]) -> None:
-        """Continue epoch `epoch`, of which `step` steps are done and their loss parts add up to `sums`."""
-        self.epoch, self.step, self.sums = epoch, step, [*sums] or [0.0] * len(LOSS_PARTS)
+    def __init__(self, names: Sequence[str], epoch: int, step: int, sums: Sequence[float]) -> None:
+        """Continue epoch `epoch`, of which `step` steps are done and their loss parts `names` add up to `sums`."""
+        self.names, self.epoch, self.step, self.sums = names, epoch, step, [*sums] or [0.0] * len(names)
         self._rows: list[Tensor] = []
 
     def add(self, parts: Tensor) -> None:
@@ -215,17 +218,17 @@ class LossLog:
         for row in rows[:, :-1].tolist():
             self.step += 1
             if not all(map(math.isfinite, row)):
-                parts = ", ".join(f"{name} {value:g}" for name, value in zip(LOSS_PARTS, row))
+                parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, row))
                 raise InputError(
                     f"the loss is not finite in epoch {self.epoch + 1}, step {self.step} ({parts}): "
                     f"lower --optimizer.learning-rate; the last good checkpoint is {last_checkpoint() or 'none'}"
                 )
             self.sums = [total + value for total, value in zip(self.sums, row)]
         means = rows.mean(dim=0).tolist()
-        return dict(zip(LOSS_PARTS, means)), means[-1] > 0
+        return dict(zip(self.names, means)), means[-1] > 0
 
     def epoch_means(self) -> dict[str, float]:
-        return {name: total / self.step for name, total in zip(LOSS_PARTS, self.sums)}
+        return {name: total / self.step for name, total in zip(self.names, self.sums)}
 
 
 def training_epochs(
@@ -246,7 +249,7 @@ def training_epochs(
     with progress_bar(run.console) as bar, requests_to_stop() as asked:
         task = bar.add_task("", total=config.total_epochs * len(loader), losses="")
         for epoch in range(progress.epoch, config.total_epochs):
-            losses = LossLog(epoch, progress.step, progress.loss_sums)
+            losses = LossLog(trainer.method.parts, epoch, progress.step, progress.loss_sums)
             first_step, earlier, started = progress.step, progress.epoch_seconds, time.perf_counter()
             for step, batch in enumerate(loader.epoch(epoch, first_step), first_step):
                 losses.add(trainer.train_step(batch, epoch, step))
@@ -312,7 +315,7 @@ class Keeper:
         newest = from_first_rank(lambda: checkpoint.latest(self.run.path, self.run.log))
         if newest is None:
             return START
-        progress = checkpoint.load(newest, self.trainer.engine, self.trainer.peaks, self.identity)
+        progress = checkpoint.load(newest, self.trainer.engine, self.trainer.memories, self.identity)
         epochs = self.trainer.config.total_epochs
         self.run.log(f"going on from {newest}: {progress.epoch} of {epochs} epochs and {progress.step} steps are done")
         return progress
@@ -323,7 +326,7 @@ class Keeper:
         """Write a checkpoint after `step` steps of epoch `epoch`; end there if the system `asked` any rank to."""
         trainer = self.trainer
         trainer.peaks.synchronise()
-        if trainer.config.batch_norm == "local":
+        if trainer.config.batch_norm != "global":
             agree_on_statistics(trainer.engine.module)
         progress = checkpoint.Progress(
             epoch=epoch,
@@ -334,7 +337,12 @@ class Keeper:
             train_seconds=seconds,
         )
         path = checkpoint.save(
-            self.run.path, trainer.engine, trainer.peaks, progress, self.identity, keep=trainer.config.keep_checkpoints
+            self.run.path,
+            trainer.engine,
+            trainer.memories,
+            progress,
+            self.identity,
+            keep=trainer.config.keep_checkpoints,
         )
         self._saved = time.monotonic()
         if sum_over_ranks(torch.tensor(float(len(asked)), device=trainer.device)) > 0:
@@ -378,9 +386,15 @@ def log_evaluation(trainer: Trainer, tracker: Tracker, epoch: int) -> None:
     tracker.log(flat_metrics(evaluate_open_set(model, trainer.partitions, trainer.config.ks)), epoch)
 
 
+def new_encoder(config: TrainConfig, build: Build) -> Encoder:
+    """An untrained encoder with what the method needs on top."""
+    manifest = build.manifest
+    return Encoder(config.encoder, manifest.channels, config.objective.classifier, len(manifest.class_names))
+
+
 def portable_encoder(trainer: Trainer) -> Encoder:
     """A float32 copy of the encoder outside of the engine."""
-    encoder = Encoder(trainer.config.encoder, trainer.build.manifest.channels)
+    encoder = new_encoder(trainer.config, trainer.build)
     encoder.load_state_dict(trainer.engine.module.state_dict())
     return encoder.to(trainer.device)
 
@@ -430,10 +444,14 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -
         run.console.print(metrics_table(result, f"{protocol.name}, split {protocol.split} (percent)"))
 
 
-def train(config: TrainConfig, console: Console | None) -> None:
-    """The whole run, on every rank; the first one keeps the records."""
+def train(config: TrainConfig, console: Console | None, partitions: Partitions | None = None) -> None:
+    """The whole run, on every rank; the first one keeps the records. `partitions`, if given, are those of
+    `config.data`, decoded for several runs."""
     device = join_ranks()
-    build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+    if partitions is None:
+        build = from_first_rank(lambda: find_build(config.data, config.protocol, config.split))
+        partitions = Partitions(build, device, config.workers)
+    build = partitions.build
     smallest = min(build.record("train").class_counts)
     if config.k > smallest:
         raise InputError(f"k is {config.k}, but a class has only {smallest} training images: set --k to at most that")
@@ -442,7 +460,7 @@ def train(config: TrainConfig, console: Console | None) -> None:
         from_first_rank(lambda: check_store(uri))
     run, finished = open_run(config, identity, console)
     if not finished:
-        trainer = Trainer(config, Partitions(build, device, config.workers))
+        trainer = Trainer(config, partitions)
         # Not before everything is known to fit: what the folder holds may be discarded here.
         from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
         run.log(
@@ -545,18 +563,23 @@ class _Launch:
 
     protocol: str = "digits"
     """Protocol, which chooses the defaults of everything else."""
+    method: str = "gradmix"
+    """Method, which chooses them too."""
     local_rank: int = 0
     """Given by the deepspeed launcher; the environment says the same."""
 
 
 def parse_config(args: Sequence[str]) -> TrainConfig:
-    """The configuration from the command line: the protocol's recipe, with what was given replaced."""
+    """The configuration from the command line: the method's recipe on the protocol, with what was given replaced."""
     launch, rest = tyro.cli(_Launch, args=args, return_unknown_args=True, add_help=False)
     return cli.parse(
         TrainConfig,
         prog="python -m trainer.train",
-        description=f"Train an encoder, measure it and register the model. Defaults shown: recipe {launch.protocol}.",
-        default=recipe(launch.protocol),
+        description=(
+            "Train an encoder, measure it and register the model. "
+            f"Options and defaults shown: method {launch.method} on {launch.protocol}."
+        ),
+        default=recipe(launch.protocol, launch.method),
         args=rest,
     )
 

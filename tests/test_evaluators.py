@@ -1,0 +1,243 @@
+"""The contract: what a model makes of images, what is computed once; evaluators against answers known beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from data_pipeline.errors import InputError
+from tests.feature_models import SIZE, MeanColour, colour_data, colour_model, open_set_model
+from trainer.evaluators import (
+    TEMPERATURE,
+    BootstrapConfig,
+    ClosedSet,
+    Detectors,
+    Evaluator,
+    FeatureModel,
+    IntrinsicDimension,
+    OpenSet,
+    OutOfDistribution,
+    Subject,
+)
+from trainer.metrics import detection_metrics, two_nn
+from trainer.open_set import class_scores
+
+FEW = BootstrapConfig(resamples=50)
+
+
+class Counting(FeatureModel):
+    calls = 0
+
+    def __call__(self, images):
+        self.calls += 1
+        return super().__call__(images)
+
+
+class TestFeatureModel:
+    def test_any_module(self):
+        images = colour_data()["test_known"].images
+        outputs = colour_model()(images)
+        means = images.numpy().mean(axis=(1, 2)) / 255
+        np.testing.assert_allclose(outputs.features, means, atol=1e-6)
+        np.testing.assert_allclose(outputs.logits, 10 * means, atol=1e-5)
+        assert colour_model(with_logits=False)(images).logits is None
+
+    def test_normalises_and_resizes(self):
+        network = MeanColour(with_logits=False)
+        model = FeatureModel(network, image_size=5, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.2))
+        image = torch.full((2, 12, 12, 3), 51, dtype=torch.uint8)
+        expected = (0.2 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.4, 0.2])
+        np.testing.assert_allclose(model(image).features, np.stack([expected] * 2), atol=1e-6)
+        assert model.pixels(image).shape == (2, 3, 5, 5) and model.pixels(image).max() == pytest.approx(0.2)
+        with pytest.raises(ValueError, match=r"uint8 of shape \(M, H, W, 3\)"):
+            model(image.float())
+        with pytest.raises(ValueError, match=r"uint8 of shape \(M, H, W, 3\)"):
+            model(image[..., :1])
+
+    def test_a_model_of_this_project(self):
+        ours = open_set_model(k=3)
+        images = torch.randint(0, 256, (9, 16, 16, 1), dtype=torch.uint8)
+        outputs = FeatureModel.of(ours)(images)
+        torch.testing.assert_close(outputs.features, ours.embed(images), atol=1e-5, rtol=1e-5)
+        expected = class_scores(ours.embed(images), ours.gallery, ours.gallery_labels, 3) / (3 * TEMPERATURE)
+        torch.testing.assert_close(outputs.logits, expected, atol=1e-4, rtol=1e-4)
+        scores = ours.score(images, [3])
+        torch.testing.assert_close(outputs.logits.amax(dim=1) * 3 * TEMPERATURE, scores.scores[:, 0], atol=1e-4, rtol=0)
+        assert torch.equal(outputs.logits.argmax(dim=1), scores.predictions[:, 0])
+
+    def test_the_backbone_is_what_the_head_is_given(self):
+        ours = open_set_model()
+        images = torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
+        features = FeatureModel.of(ours, "backbone")(images).features
+        assert features.shape == (5, 32)
+        with torch.no_grad():
+            again = torch.nn.functional.normalize(ours.encoder.head(features), dim=1)
+        torch.testing.assert_close(again, ours.embed(images), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("classifier", ["linear", "reciprocal"])
+    def test_a_classifier_of_this_project(self, classifier):
+        ours = open_set_model(classifier=classifier)
+        images = torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
+        outputs = FeatureModel.of(ours)(images)
+        torch.testing.assert_close(outputs.logits, ours.logits(images), atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.encoder.classifier(outputs.features)[0], outputs.logits)
+
+    def test_a_gallery_gives_classes_to_features(self):
+        data = colour_data()
+        model = colour_model(with_logits=False).with_gallery(data["train"].images, data["train"].labels, k=4)
+        outputs = model(data["test_known"].images)
+        features = colour_model()(data["train"].images).features
+        expected = class_scores(outputs.features, features, data["train"].labels, 4) / (4 * TEMPERATURE)
+        torch.testing.assert_close(outputs.logits, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(InputError, match="fewer than k = 21"):
+            colour_model().with_gallery(data["train"].images, data["train"].labels, k=21)
+
+    def test_gradients_reach_the_pixels_and_the_layer(self):
+        pixels = torch.rand(4, 3, SIZE, SIZE, requires_grad=True)
+        colour_model().outputs(pixels).logits[:, 1].sum().backward()
+        expected = torch.zeros_like(pixels)
+        expected[:, 1] = 10 / SIZE**2
+        torch.testing.assert_close(pixels.grad, expected)
+        outputs, layer = colour_model().maps(pixels)
+        (gradient,) = torch.autograd.grad(outputs.features[:, 0].sum(), layer)
+        assert layer.shape == pixels.shape and gradient[:, 0].unique().item() == pytest.approx(1 / SIZE**2)
+        bare = FeatureModel(MeanColour(), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        with pytest.raises(InputError, match="no layer"):
+            bare.maps(pixels)
+
+    def test_dropout_is_off(self):
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5))
+        model = FeatureModel(network, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        images = colour_data()["train"].images
+        assert torch.equal(model(images).features, model(images).features)
+
+
+class TestSubject:
+    def test_a_partition_goes_through_the_model_once(self):
+        network = MeanColour()
+        model = Counting(network, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        subject = Subject(model, colour_data())
+        for evaluator in (OpenSet(bootstrap=FEW), OutOfDistribution(bootstrap=FEW), ClosedSet(bootstrap=FEW)):
+            assert isinstance(evaluator, Evaluator)
+            evaluator(subject)
+        assert model.calls == 2
+        Detectors(bootstrap=FEW)(subject)
+        assert model.calls == 3
+
+    def test_some_images(self):
+        subject = Subject(colour_model(), colour_data())
+        some = subject.some("test_known", 5)
+        assert len(some.labels) == 5 and (some.indices.diff() > 0).all()
+        assert torch.equal(some.images, subject.batch("test_known").images[some.indices])
+        assert torch.equal(some.indices, subject.some("test_known", 5).indices)
+        assert len(subject.some("test_known", None).labels) == len(subject.some("test_known", 99).labels) == 31
+
+    def test_a_missing_partition(self):
+        data = colour_data()
+        del data["test_unknown"]
+        subject = Subject(colour_model(), data)
+        assert "test_unknown" not in subject
+        with pytest.raises(InputError, match="no test_unknown images"):
+            OpenSet()(subject)
+        assert ClosedSet(bootstrap=FEW)(subject).numbers == {"closed_set_accuracy": 1.0}
+
+
+class TestEvaluators:
+    @pytest.fixture(scope="class")
+    def subject(self):
+        return Subject(colour_model(), colour_data())
+
+    def scores(self, subject):
+        known, unknown = (subject.outputs(name).logits.max(dim=1).values for name in ("test_known", "test_unknown"))
+        return known.double().numpy(), unknown.double().numpy()
+
+    def test_open_set(self, subject):
+        known, unknown = self.scores(subject)
+        result = OpenSet(bootstrap=FEW)(subject)
+        truth = np.r_[np.ones(31), np.zeros(40)]
+        assert result.numbers["auroc"] == pytest.approx(roc_auc_score(truth, np.r_[known, unknown])) == 1.0
+        assert result.numbers["oscr"] == result.numbers["closed_set_accuracy"] == 1.0
+        assert result.intervals.keys() == result.numbers.keys() and result.intervals["auroc"] == (1.0, 1.0, 0.0)
+        np.testing.assert_allclose(result.arrays["known_scores"], known)
+        np.testing.assert_allclose(result.arrays["unknown_scores"], unknown)
+        assert result.arrays["known_correct"].all()
+
+    def test_wrong_classes_cost_accuracy_and_oscr_but_not_auroc(self):
+        data = colour_data()
+        labels = data["test_known"].labels.clone()
+        labels[:10] = (labels[:10] + 1) % 3
+        data["test_known"] = data["test_known"]._replace(labels=labels)
+        result = OpenSet(bootstrap=FEW)(Subject(colour_model(), data))
+        assert result.numbers["auroc"] == 1.0
+        assert result.numbers["oscr"] == result.numbers["closed_set_accuracy"] == pytest.approx(21 / 31)
+        low, high, _ = result.intervals["closed_set_accuracy"]
+        assert low < 21 / 31 < high < 1
+
+    def test_out_of_distribution(self, subject):
+        result = OutOfDistribution(detector="max_softmax", bootstrap=FEW)(subject)
+        known, unknown = (
+            subject.outputs(name).logits.softmax(dim=1).amax(dim=1).double().numpy()
+            for name in ("test_known", "test_unknown")
+        )
+        assert result.numbers == pytest.approx(detection_metrics(known, unknown))
+        assert result.intervals.keys() == {"auroc"}
+
+    def test_detectors(self, subject):
+        result = Detectors(names=("max_logit", "knn"), bootstrap=FEW)(subject)
+        alone = OutOfDistribution(detector="knn", bootstrap=FEW)(subject)
+        assert result.numbers["knn/tnr_at_95_tpr"] == alone.numbers["tnr_at_95_tpr"]
+        assert result.intervals["knn/auroc"] == alone.intervals["auroc"]
+        assert result.numbers["max_logit/auroc"] == 1.0 and result.numbers["closed_set_accuracy"] == 1.0
+        assert set(result.arrays) == {
+            "max_logit/known_scores", "max_logit/unknown_scores", "knn/known_scores", "knn/unknown_scores",
+            "known_correct",
+        }  # fmt: skip
+
+    def test_every_detector_of_a_model_of_this_project(self):
+        rng = np.random.default_rng(0)
+
+        def batch(count):
+            images = torch.from_numpy(rng.integers(0, 256, (count, 16, 16, 1)).astype(np.uint8))
+            return images, torch.arange(count) % 6, torch.arange(count)
+
+        data = {name: type(colour_data()["train"])(*batch(60)) for name in ("train", "test_known", "test_unknown")}
+        result = Detectors(bootstrap=BootstrapConfig(resamples=0))(Subject(FeatureModel.of(open_set_model()), data))
+        assert len(result.numbers) == 7 * 6 + 1 and result.intervals == {}
+        assert all(0 <= value <= 1 for value in result.numbers.values())
+
+    def test_top_5(self):
+        class Squares(torch.nn.Module):
+            def forward(self, views):
+                return views.mean(dim=(2, 3)), views.flatten(1)[:, :9]
+
+        images = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
+        images[:, 0, :8, 0] = torch.arange(8, 0, -1, dtype=torch.uint8)
+        data = {"test_known": type(colour_data()["train"])(images, torch.tensor([0, 4]), torch.arange(2))}
+        model = FeatureModel(Squares(), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        numbers = ClosedSet(bootstrap=FEW)(Subject(model, data)).numbers
+        assert numbers == {"closed_set_accuracy": 0.5, "top5_accuracy": 1.0}
+
+    def test_intrinsic_dimension(self, subject):
+        features = subject.outputs("train").features.numpy()
+        result = IntrinsicDimension(partition="train")(subject)
+        assert result.numbers == {"intrinsic_dimension": two_nn(features).dimension, "images": 60.0}
+        assert len(result.arrays["log_ratio"]) == len(result.arrays["log_survival"]) == 54
+        assert IntrinsicDimension(max_images=20)(subject).numbers["images"] == 20.0
+
+    def test_prefixed(self, subject):
+        result = OpenSet(bootstrap=FEW)(subject).prefixed("a")
+        assert set(result.numbers) == set(result.intervals) == {"a/auroc", "a/oscr", "a/closed_set_accuracy"}
+        assert "a/known_scores" in result.arrays
+
+    def test_bad_configurations(self):
+        for make, message in (
+            (lambda: BootstrapConfig(resamples=1), "resamples is 1"),
+            (lambda: BootstrapConfig(confidence=1.0), "confidence is 1.0"),
+            (lambda: Detectors(names=()), "names is empty"),
+            (lambda: IntrinsicDimension(max_images=2), "max-images is 2"),
+        ):
+            with pytest.raises(InputError, match=message):
+                make()

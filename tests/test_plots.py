@@ -1,0 +1,127 @@
+"""Pictures show the numbers they were given, and are written as files that can be opened."""
+
+from __future__ import annotations
+
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer import plots
+from trainer.metrics import Curve, oscr_curve, roc_curve
+
+random = np.random.default_rng(0)
+KNOWN, UNKNOWN = random.normal(2, 1, 300), random.normal(0, 1, 200)
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_histograms_add_up_to_all_images():
+    axes = plots.score_histogram(KNOWN, UNKNOWN, threshold=0.5).axes[0]
+    heights = [patch.get_height() for patch in axes.patches]
+    assert sum(heights) == pytest.approx(200)  # 100 % of each group
+    lowest = min(patch.get_x() for patch in axes.patches)
+    assert lowest == pytest.approx(min(UNKNOWN.min(), KNOWN.min()))
+    assert axes.lines[0].get_xdata()[0] == 0.5
+    assert texts(axes) == ["unknown (200 images)", "known (300 images)", "threshold 0.500"]
+
+
+@pytest.mark.parametrize("draw", [plots.roc_curves, plots.oscr_curves])
+def test_curves_are_those_given_in_percent(draw):
+    first = roc_curve(KNOWN, UNKNOWN)
+    second = oscr_curve(KNOWN, KNOWN > 1, UNKNOWN)
+    axes = draw({"a": first, "b": second}).axes[0]
+    for line, curve in zip(axes.lines[-2:], (first, second)):
+        np.testing.assert_allclose(line.get_xdata(), 100 * curve.x)
+        np.testing.assert_allclose(line.get_ydata(), 100 * curve.y)
+    assert texts(axes) == ["a", "b"]
+
+
+def test_long_curves_are_thinned_but_keep_their_ends():
+    x = np.linspace(0, 1, 50_000)
+    line = plots.oscr_curves({"a": Curve(x, x**2)}).axes[0].lines[0]
+    assert len(line.get_xdata()) == 1000
+    assert (line.get_xdata()[[0, -1]] == [0, 100]).all() and (line.get_ydata()[[0, -1]] == [0, 100]).all()
+
+
+def test_bars_error_bars_and_published_values():
+    figure = plots.grouped_bars(
+        ["none", "cut_mix"],
+        {"CIFAR10": [85.0, 87.0], "TinyImageNet": [77.0, 78.5]},
+        errors={"CIFAR10": [(84.0, 85.5), None]},
+        published=[88.0, None],
+        title="Ablation",
+    )
+    axes = figure.axes[0]
+    assert [patch.get_height() for patch in axes.patches] == [85.0, 87.0, 77.0, 78.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "cut mix"]
+    segments = [path.tolist() for collection in axes.collections for path in collection.get_segments()]
+    ends = {tuple(point[1] for point in segment) for segment in segments}
+    assert ends == {(84.0, 85.5), (87.0, 87.0), (88.0, 88.0)}
+    low, high = axes.get_ylim()
+    assert 0 < low < 77 and high > 88
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "CIFAR10", "TinyImageNet"]
+    bars = plots.grouped_bars(["a"], {"x": [5.0]}, title="t", zero=True).axes[0]
+    assert bars.get_ylim()[0] == 0
+    assert plots.grouped_bars(["a"], {"x": [-5.0]}, title="t").axes[0].get_ylim()[0] < -5
+
+
+def test_lines():
+    axes = plots.lines([1, 10, 100], {"a": [1, 2, 3]}, title="t", x_label="x", y_label="y", logarithmic=True).axes[0]
+    assert axes.get_xscale() == "log" and axes.lines[0].get_ydata().tolist() == [1, 2, 3]
+    assert axes.get_legend() is None
+
+
+def test_the_slope_is_the_dimension():
+    axes = plots.two_nn_fit(np.array([0.1, 0.2, 0.4]), np.array([0.3, 0.6, 1.3]), 3.1, title="t").axes[0]
+    x, y = axes.lines[1].get_data()
+    assert y[1] / x[1] == pytest.approx(3.1) and x[1] == 0.4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_attribution_grids_lay_the_maps_over_the_images(channels):
+    images = random.integers(0, 256, (3, 16, 16, channels)).astype(np.uint8)
+    maps = {"with": random.random((3, 4, 4)), "without": np.zeros((3, 4, 4))}
+    figure = plots.attribution_grid(images, maps)
+    assert len(figure.axes) == 9
+    shown = figure.axes[4].get_images()
+    np.testing.assert_array_equal(shown[0].get_array().squeeze(), images[1].squeeze())
+    np.testing.assert_array_equal(shown[1].get_array(), maps["with"][1])
+    assert shown[0].get_extent() == list(shown[1].get_extent()) == [-0.5, 15.5, 15.5, -0.5]
+    assert len(figure.axes[1].get_images()) == 1
+    assert [figure.axes[row].get_title("left") for row in (0, 3, 6)] == ["images", "with", "without"]
+
+
+def test_corruption_examples():
+    examples = random.integers(0, 256, (2, 4, 8, 8, 3)).astype(np.uint8)
+    figure = plots.corruption_examples(examples, ["fog", "glass_blur"], [1, 3, 5])
+    assert len(figure.axes) == 8
+    # Row by row: the second corruption's severity 3 is in the third row, second column.
+    np.testing.assert_array_equal(figure.axes[5].get_images()[0].get_array(), examples[1, 2])
+
+
+def test_files(tmp_path):
+    figure = plots.score_histogram(KNOWN, UNKNOWN)
+    written = plots.save_figures({"scores": figure}, tmp_path / "figures")
+    assert [path.name for path in written] == ["scores.png", "scores.svg"]
+    with Image.open(written[0]) as picture:
+        assert picture.size == (900, 600) and len(picture.getcolors(10**6)) > 20
+    assert ElementTree.parse(written[1]).getroot().tag.endswith("svg")
+    before = written[1].read_bytes()
+    plots.save_figures({"scores": plots.score_histogram(KNOWN, UNKNOWN)}, tmp_path / "figures")
+    assert written[1].read_bytes() == before
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"scores.png", "scores.svg"}
+
+
+def test_no_figure_stays_in_pyplot_and_the_style_does_not_leak():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.lines([1, 2], {"a": [1, 2]}, title="t", x_label="x", y_label="y")
+    assert dict(matplotlib.rcParams) == before
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []

@@ -1,0 +1,293 @@
+"""Pictures of what evaluators find: functions from arrays to matplotlib figures, in one style.
+
+No figure is registered with pyplot, so that nothing has to be closed and no display is asked for. Shares in [0, 1] are
+shown in percent.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.files import replacing
+from trainer.metrics import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+KNOWN, UNKNOWN, PUBLISHED = COLOURS[0], COLOURS[1], "#999999"
+
+_STYLE: dict[str, Any] = {
+    "figure.dpi": 120,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "gradmix",
+}
+_MOST_POINTS = 1000
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    @wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        import matplotlib
+        from cycler import cycler
+
+        with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write NAME.png and NAME.svg for every figure, each whole or not at all; returns the paths."""
+    written = []
+    for name, figure in figures.items():
+        with replacing(folder / f"{name}.png") as partial:
+            figure.savefig(partial, format="png", dpi=150)
+        with replacing(folder / f"{name}.svg") as partial:
+            partial.write_text(svg(figure), encoding="utf-8")
+        written += [folder / f"{name}.png", folder / f"{name}.svg"]
+    return written
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document; the same figure gives the same text."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+@_styled
+def score_histogram(
+    known: np.ndarray, unknown: np.ndarray, *, threshold: float | None = None, title: str = "Scores", bins: int = 60
+) -> Figure:
+    """How scores of known (n,) and unknown (m,) images are spread, each group's bars adding up to 1."""
+    figure, axes = _axes(title, "score (larger: more known)", "share of the images (percent)")
+    edges = np.histogram_bin_edges(np.concatenate([known, unknown]), bins=bins)
+    for scores, label, colour in ((unknown, "unknown", UNKNOWN), (known, "known", KNOWN)):
+        weights = np.full(len(scores), 100 / len(scores))
+        axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=f"{label} ({len(scores):,} images)")
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
+    axes.legend()
+    return figure
+
+
+@_styled
+def roc_curves(curves: Mapping[str, Curve], *, title: str = "Receiver operating characteristic") -> Figure:
+    """One curve for each label, with chance as a diagonal."""
+    figure, axes = _axes(title, "unknown images accepted (percent)", "known images accepted (percent)")
+    axes.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, linestyle=":")
+    _rates(axes, curves)
+    return figure
+
+
+@_styled
+def oscr_curves(curves: Mapping[str, Curve], *, title: str = "Open set classification rate") -> Figure:
+    """One curve for each label."""
+    figure, axes = _axes(title, "unknown images accepted (percent)", "known images accepted and right (percent)")
+    _rates(axes, curves)
+    return figure
+
+
+@_styled
+def grouped_bars(
+    categories: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    errors: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+    published: Sequence[float | None] | None = None,
+    title: str,
+    label: str = "percent",
+    zero: bool = False,
+) -> Figure:
+    """Bars side by side, a group for each category and a colour for each series: ablations, detectors, corruptions.
+
+    Args:
+        series: for each label, a value for each category, as it is to be shown.
+        errors: for some labels, the ends (low, high) of each value's error bar, or None.
+        published: for each category the published value, drawn as a line over the group, or None.
+        zero: whether the axis has to begin at 0; otherwise it begins below the smallest value.
+    """
+    figure, axes = _axes(title, "", label, width=max(6.0, 1.2 + 0.36 * len(categories) * max(len(series), 2)))
+    places, width = np.arange(len(categories)), 0.8 / max(len(series), 1)
+    ends = []
+    for number, (name, values) in enumerate(series.items()):
+        shift = (number - (len(series) - 1) / 2) * width
+        bars = (errors or {}).get(name)
+        sides = None
+        if bars is not None:
+            pairs = [(value, value) if bar is None else bar for value, bar in zip(values, bars)]
+            sides = np.abs(np.array(pairs).T - np.array(values))
+            ends += [end for pair in pairs for end in pair]
+        axes.bar(
+            places + shift, values, 0.92 * width, yerr=sides, label=name,
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"},
+        )  # fmt: skip
+        ends += list(values)
+    drawn = False
+    for place, value in zip(places, published or []):
+        if value is not None:
+            axes.hlines(
+                value, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1.2,
+                label=None if drawn else "published",
+            )  # fmt: skip
+            ends.append(value)
+            drawn = True
+    low, high = min(ends), max(ends)
+    margin = 0.15 * (high - low) or 1.0
+    axes.set_ylim(min(0.0, low - margin) if zero or low < 0 else max(0.0, low - 2 * margin), high + margin)
+    axes.set_xticks(places, [name.replace("_", " ") for name in categories])
+    if sum(map(len, categories)) > 9 * figure.get_size_inches()[0]:
+        axes.tick_params(axis="x", labelrotation=35)
+        for tick in axes.get_xticklabels():
+            tick.set_horizontalalignment("right")
+            tick.set_rotation_mode("anchor")
+    axes.grid(axis="x", visible=False)
+    if len(series) > 1 or drawn:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@_styled
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    logarithmic: bool = False,
+    markers: bool = False,
+) -> Figure:
+    """A line for each label over a common x, whose axis may be logarithmic."""
+    figure, axes = _axes(title, x_label, y_label)
+    for name, values in series.items():
+        axes.plot(x, values, label=name, marker="o" if markers else None, markersize=4)
+    if logarithmic:
+        axes.set_xscale("log")
+    if len(series) > 1:
+        axes.legend()
+    return figure
+
+
+@_styled
+def two_nn_fit(log_ratio: np.ndarray, log_survival: np.ndarray, dimension: float, *, title: str) -> Figure:
+    """The points that `trainer.metrics.two_nn` fits, and its line, whose slope is the intrinsic dimension."""
+    figure, axes = _axes(title, "log μ, ratio of the distances to the two nearest neighbours", "−log(1 − F(μ))")
+    chosen = _thinned(len(log_ratio))
+    axes.plot(log_ratio[chosen], log_survival[chosen], ".", markersize=3, label="images")
+    end = float(log_ratio.max())
+    axes.plot([0, end], [0, dimension * end], color=UNKNOWN, label=f"slope {dimension:.2f}")
+    axes.legend()
+    return figure
+
+
+@_styled
+def attribution_grid(
+    images: np.ndarray, maps: Mapping[str, np.ndarray], *, title: str = "Where the models look"
+) -> Figure:
+    """Images in the first row, and in a row for each model the same images under its attribution maps.
+
+    Each map is shown between 0 and its own largest value, so that rows compare where, not how much.
+
+    Args:
+        images: uint8 (E, H, W, C), E ≥ 1.
+        maps: for each label (E, h, w), 0 or more.
+    """
+    count = len(images)
+    figure = _figure(1.1 * count + 1.2, 1.15 * (1 + len(maps)) + 0.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    grid = figure.subplots(1 + len(maps), count, squeeze=False)
+    height, width = images.shape[1:3]
+    for row, (name, layer) in zip(grid, (("images", None), *maps.items())):
+        for column, axes in enumerate(row):
+            axes.set_axis_off()
+            _show(axes, images[column])
+            if layer is not None:
+                largest = float(layer[column].max())
+                axes.imshow(
+                    layer[column], cmap="inferno", alpha=0.6, vmin=0, vmax=largest or 1.0, interpolation="bilinear",
+                    extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                )  # fmt: skip
+        row[0].set_title(name, fontsize=9, fontweight="normal")
+    return figure
+
+
+@_styled
+def corruption_examples(
+    examples: np.ndarray, corruptions: Sequence[str], severities: Sequence[int], *, title: str = "Corruptions"
+) -> Figure:
+    """uint8 (C, 1 + S, H, W, channels): a column for each corruption, the clean image above its severities."""
+    count, rows = examples.shape[:2]
+    figure = _figure(0.8 * count + 0.8, 0.8 * rows + 1.2)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    grid = figure.subplots(rows, count, squeeze=False)
+    for column, name in enumerate(corruptions):
+        for row in range(rows):
+            axes = grid[row, column]
+            axes.set_axis_off()
+            _show(axes, examples[column, row])
+        grid[0, column].set_title(name.replace("_", "\n"), fontsize=7, fontweight="normal", loc="center")
+    for row, name in enumerate(["clean", *map(str, severities)]):
+        axes = grid[row, 0]
+        axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def _rates(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    for name, curve in curves.items():
+        chosen = _thinned(len(curve.x))
+        axes.plot(100 * curve.x[chosen], 100 * curve.y[chosen], label=name)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 101)
+    axes.legend(loc="lower right")
+
+
+def _thinned(count: int) -> np.ndarray:
+    """Places of at most so many points that a picture can show."""
+    return np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(int))
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    if image.shape[2] == 1:
+        axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
+    else:
+        axes.imshow(image)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _axes(title: str, x_label: str, y_label: str, width: float = 6.0) -> tuple[Figure, Axes]:
+    figure = _figure(width, 4.0)
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
