@@ -5,6 +5,7 @@ Builds and predictions go the same way, so that an image has the same score in a
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
@@ -15,8 +16,8 @@ from data_pipeline.errors import InputError
 MAX_PIXELS = 50_000_000
 """The largest image that `decode` takes: 150 MB once it is decoded."""
 
-# Readers of pictures. Pillow has others too, some of which start programs (EPS) or follow links (FPX).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+# What is read from whoever sends it. Pillow has readers of more, some of which start programs (EPS).
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 def to_uint8(image: Image.Image, channels: int) -> np.ndarray:
@@ -56,12 +57,12 @@ def decode(encoded: bytes, channels: int, *, max_pixels: int = MAX_PIXELS) -> np
             on where "the image is" ends.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(f"{image.width} × {image.height} pixels", max_pixels)
             return to_uint8(image, channels)
     except UnidentifiedImageError as error:
-        raise InputError(f"not an image file: send one of {', '.join(FORMATS)}") from error
+        raise InputError(f"not an image file: send one of {', '.join(_formats())}") from error
     except Image.DecompressionBombError as error:
         raise _too_large("far too many pixels", max_pixels) from error
     except InputError:
@@ -86,11 +87,16 @@ def from_array(array: np.ndarray, channels: int, *, max_pixels: int = MAX_PIXELS
         raise _too_large(f"{array.shape[1]} × {array.shape[0]} pixels", max_pixels)
     if array.dtype != np.uint8:
         if array.min() < 0 or array.max() > 255:
-            raise InputError(
-                f"not of 8 bits (its numbers go from {array.min()} to {array.max()}): send 0 to 255 (uint8)"
-            )
+            raise InputError(f"not of 8 bits (numbers from {array.min()} to {array.max()}): send 0 to 255 (uint8)")
         array = array.astype(np.uint8)
     return to_uint8(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array), channels)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _from_16_bits(values: np.ndarray) -> Image.Image:

@@ -88,6 +88,15 @@ class Recognition(NamedTuple):
     similarities: np.ndarray
 
 
+class Neighbour(NamedTuple):
+    """A training image near to an image that was asked about."""
+
+    row: int  # of the gallery, which is also its place in the build's train.beton
+    id: str
+    class_name: str
+    similarity: float  # cosine, in [-1, 1]
+
+
 class OpenSetModel:
     """Names the class of an image, or says "unknown".
 
@@ -151,6 +160,17 @@ class OpenSetModel:
             neighbours=near.rows.cpu().numpy(),
             similarities=near.similarities.cpu().numpy(),
         )
+
+    def name_neighbours(self, answer: Recognition) -> list[list[Neighbour]]:
+        """The neighbours of each image of an answer."""
+        labels = self.gallery_labels.cpu().numpy()[answer.neighbours]
+        return [
+            [
+                Neighbour(place, self.gallery_ids[place], self.card.class_names[label], similarity)
+                for place, label, similarity in zip(*row)
+            ]
+            for row in zip(answer.neighbours.tolist(), labels.tolist(), answer.similarities.tolist())
+        ]
 
     def predict(self, images: Tensor) -> dict[str, np.ndarray]:
         """For uint8 images (M, H, W, C): `label` is the class name or "unknown", `class` the nearest class whatever the

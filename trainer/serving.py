@@ -15,6 +15,7 @@ import base64
 import binascii
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from torch import Tensor
 
 from data_pipeline import images
 from data_pipeline.errors import InputError
-from trainer.registry import OpenSetModel
+from trainer.registry import OpenSetModel, Recognition
 
 MAX_IMAGES = 1024
 """Images in one request; more take long enough to be asked for in parts."""
@@ -54,9 +56,7 @@ class ServedModel:
 
     def __init__(self, model: OpenSetModel) -> None:
         self.model = model
-        # Requests come in several threads. Each pass through the encoder takes all cores; side by side they would only
-        # wait for each other and each hold the memory of a batch.
-        self._one_at_a_time = threading.Lock()
+        self._recognise = SharedPasses(model)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each image: label, class, score, threshold, class_scores, neighbours."""
@@ -68,9 +68,7 @@ class ServedModel:
             squares = read_images(model_input, card.image_size, card.channels)
         except InputError as error:
             raise RefusedRequest(str(error)) from error
-        with self._one_at_a_time:
-            answer = self.model.recognise(torch.from_numpy(squares), min(wanted, len(self.model.gallery)))
-        labels = self.model.gallery_labels[torch.from_numpy(answer.neighbours).to(self.model.device)].tolist()
+        answer = self._recognise(torch.from_numpy(squares), min(wanted, len(self.model.gallery)))
         return pd.DataFrame(
             {
                 "label": answer.labels,
@@ -79,14 +77,69 @@ class ServedModel:
                 "threshold": card.threshold,
                 "class_scores": [dict(zip(card.class_names, row)) for row in answer.class_scores.tolist()],
                 "neighbours": [
-                    [
-                        {"id": self.model.gallery_ids[n], "class": card.class_names[label], "similarity": similarity}
-                        for n, label, similarity in zip(*row)
-                    ]
-                    for row in zip(answer.neighbours.tolist(), labels, answer.similarities.tolist())
+                    [{"id": n.id, "class": n.class_name, "similarity": n.similarity} for n in row]
+                    for row in self.model.name_neighbours(answer)
                 ],
             }
         )
+
+
+@dataclass
+class _Waiting:
+    images: Tensor
+    num_neighbours: int
+    result: Recognition | Exception | None = None
+
+
+class SharedPasses:
+    """`OpenSetModel.recognise` for many threads: requests that come while one is computed share the next pass.
+
+    A pass takes all cores, so only one runs at a time, and for a few small images it takes hardly longer than for one.
+    """
+
+    def __init__(self, model: OpenSetModel) -> None:
+        self._model = model
+        self._computing, self._queueing = threading.Lock(), threading.Lock()
+        self._queue: list[_Waiting] = []
+
+    def __call__(self, images: Tensor, num_neighbours: int) -> Recognition:
+        mine = _Waiting(images, num_neighbours)
+        with self._queueing:
+            self._queue.append(mine)
+        while mine.result is None:
+            with self._computing:
+                if mine.result is None:  # nobody's pass has taken it along meanwhile
+                    self._pass(self._take())
+        if isinstance(mine.result, Exception):
+            raise mine.result
+        return mine.result
+
+    def _take(self) -> list[_Waiting]:
+        """The requests that have waited longest, at least one, of at most `MAX_IMAGES` images together."""
+        with self._queueing:
+            count, total = 1, len(self._queue[0].images)
+            while count < len(self._queue) and total + len(self._queue[count].images) <= MAX_IMAGES:
+                total += len(self._queue[count].images)
+                count += 1
+            taken, self._queue = self._queue[:count], self._queue[count:]
+        return taken
+
+    def _pass(self, requests: list[_Waiting]) -> None:
+        try:
+            most = max(each.num_neighbours for each in requests)
+            answer = self._model.recognise(torch.cat([each.images for each in requests]), most)
+        except Exception as error:
+            for each in requests:
+                each.result = error
+            return
+        start = 0
+        for each in requests:
+            rows = Recognition(*(column[start : start + len(each.images)] for column in answer))
+            each.result = rows._replace(
+                neighbours=rows.neighbours[:, : each.num_neighbours],
+                similarities=rows.similarities[:, : each.num_neighbours],
+            )
+            start += len(each.images)
 
 
 def read_images(model_input: Any, size: int, channels: int) -> np.ndarray:
