@@ -294,6 +294,11 @@ class _FolderFiles:
         return str(self._root / name)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The image files in `folder` and below it, in the order of their paths; hidden ones are left out."""
+    return [folder / name for name in sorted(_images_below(str(folder), ""))]
+
+
 def _images_below(folder: str, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
