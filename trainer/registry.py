@@ -17,11 +17,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -364,12 +365,14 @@ class Move(NamedTuple):
     old: str | None
     new: str
     why: str
+    back: bool
+    """Whether it was a demotion, back to the version that carried the alias before."""
 
 
 _MOVE = "alias."
 
 
-def move_alias(client: MlflowClient, name: str, alias: str, version: str, why: str) -> None:
+def move_alias(client: MlflowClient, name: str, alias: str, version: str, why: str, *, back: bool = False) -> None:
     """Give `alias` of the model `name` to `version`, and note in tags when, from which version and why.
 
     The model's tags are the history (`moves`); the version that comes and the one that goes are tagged too.
@@ -379,7 +382,7 @@ def move_alias(client: MlflowClient, name: str, alias: str, version: str, why: s
         return
     now = datetime.datetime.now(datetime.UTC)
     client.set_registered_model_alias(name, alias, version)
-    record = {"old": None if old is None else str(old), "new": version, "why": why}
+    record = {"old": None if old is None else str(old), "new": version, "why": why, "back": back}
     client.set_registered_model_tag(name, f"{_MOVE}{alias}.{now:%Y%m%dT%H%M%S.%f}", json.dumps(record))
     client.set_model_version_tag(name, version, f"{alias}.since", f"{now:%Y-%m-%d %H:%M:%S} UTC: {why}")
     if old is not None:
@@ -420,6 +423,102 @@ def _register(run_dir: tyro.conf.Positional[Path], model_name: str | None = None
     name = model_name or f"gradmix-{card.protocol['name']}"
     version = register(run_dir, name, alias)
     print(f"registered {name} version {version}" + (f" as @{alias}" if alias else ""))
+
+
+@app.command(name="compare")
+def _compare(
+    champion: tyro.conf.Positional[str],
+    challenger: tyro.conf.Positional[str],
+    data: Path = Path("data"),
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    tracking_uri: str | None = None,
+) -> None:
+    """Measure two models on the same test images: the difference, and its paired bootstrap interval.
+
+    Args:
+        champion: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as runs/demo/model.
+        challenger: The other one, of the same protocol and split.
+        data: Data folder that holds the built files, or the folder of one build.
+        confidence: Of the interval; within (0, 1).
+        resamples: How often the test images are drawn anew; 100 or more.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import compare, comparison_table
+
+    result = compare(
+        champion, challenger, data=data, tracking_uri=tracking_uri, confidence=confidence, resamples=resamples
+    )
+    Console(soft_wrap=True).print(comparison_table(result, champion, challenger, confidence))
+
+
+@app.command(name="promote")
+def _promote(
+    champion: tyro.conf.Positional[str],
+    challenger: tyro.conf.Positional[str],
+    margin: float = 0.01,
+    metric: Literal["auroc", "oscr", "accuracy"] = "auroc",
+    data: Path = Path("data"),
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    tracking_uri: str | None = None,
+) -> None:
+    """Move an alias to another version if that is not worse; ends with status 1 where it may be.
+
+    Args:
+        champion: The alias, models:/NAME@ALIAS.
+        challenger: The version that shall carry it, models:/NAME/VERSION or by another alias.
+        margin: Not worse means: the interval of the difference lies above minus this; 0.01 is one point of percent.
+            0 asks for a challenger that is surely better.
+        metric: What is compared.
+        data: Data folder that holds the built files, or the folder of one build.
+        confidence: Of the interval; within (0, 1).
+        resamples: How often the test images are drawn anew; 100 or more.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import promote
+
+    moved = promote(
+        champion,
+        challenger,
+        margin=margin,
+        metric=metric,
+        data=data,
+        tracking_uri=tracking_uri,
+        confidence=confidence,
+        resamples=resamples,
+        console=Console(soft_wrap=True),
+    )
+    if not moved:
+        raise SystemExit(1)
+
+
+@app.command(name="demote")
+def _demote(champion: tyro.conf.Positional[str], why: str = "", tracking_uri: str | None = None) -> None:
+    """Give an alias back to the version that carried it before.
+
+    Args:
+        champion: The alias, models:/NAME@ALIAS.
+        why: What the history shall say.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import demote
+
+    print(f"{champion} is version {demote(champion, why, tracking_uri)} again")
+
+
+@app.command(name="history")
+def _history(name: tyro.conf.Positional[str], tracking_uri: str | None = None) -> None:
+    """Show a model's versions and every move of its aliases, as the registry's tags have them.
+
+    Args:
+        name: Name of the model, such as gradmix-digits.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import history_tables
+
+    for table in history_tables(name.removeprefix("models:/"), tracking_uri):
+        Console().print(table)
 
 
 if __name__ == "__main__":
