@@ -200,7 +200,7 @@ def _shortened(text: str, length: int = 26) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222 }
 section { border-top: 1px solid #ccc; padding: 1rem 0; display: flex; flex-wrap: wrap; gap: 1.2rem }
 section > header { width: 100% } h2 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere }
 .known { color: #1a7f37 } .unknown { color: #b42318 }
@@ -217,9 +217,10 @@ table { border-collapse: collapse; font-size: .85rem } td { padding: .05rem .4re
 <td><meter min="{{ -k }}" max="{{ k }}" value="{{ score }}"></meter></td><td>{{ '%.3f' | format(score) }}</td></tr>
 {% endfor %}<tr><td>threshold</td><td><meter min="{{ -k }}" max="{{ k }}" value="{{ each.threshold }}"></meter></td>
 <td>{{ '%.3f' | format(each.threshold) }}</td></tr></table>
-{% for near in each.neighbours %}<figure>{% if each.pictures %}<img src="{{ png(each.pictures[loop.index0]) }}"
-alt="a training image">{% endif %}<figcaption>{{ near.class_name }}, {{ '%.3f' | format(near.similarity) }}<br>{{ near.id }}
-</figcaption></figure>{% endfor %}</section>
+{% for near in each.neighbours %}<figure>
+{% if each.pictures %}<img src="{{ png(each.pictures[loop.index0]) }}" alt="a training image">{% endif %}
+<figcaption>{{ near.class_name }}, {{ '%.3f' | format(near.similarity) }}<br>{{ near.id }}</figcaption></figure>
+{% endfor %}</section>
 {% endfor %}</body></html>
 """
 
