@@ -25,6 +25,8 @@ setup(
         "numpy",
         "pandas",  # the answer of a served model
         "scikit-learn",  # the bundled digits
+        "scipy",  # intervals and two-sample tests
+        "jinja2",  # the HTML page of explanations
         "pyarrow",  # Parquet data sets
         "pillow",  # image decoding
         "safetensors",  # weights without pickle
@@ -34,6 +36,16 @@ setup(
     ],
     extras_require={
         "server": ["mlflow[auth]", "psycopg[binary]"],  # cluster/mlflow
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "jsonschema", "gradmix-osr[server]"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],  # trainer.export
+        "page": ["nicegui"],  # trainer.page
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "jsonschema",
+            "playwright",  # the page in a real browser
+            "gradmix-osr[server,export,page]",
+        ],
     },
 )

@@ -49,6 +49,7 @@ def make_page(explainer: Explainer, title: str) -> None:
 
     @ui.page("/", title=title)
     def page() -> None:
+        ui.add_css(".q-uploader__list { display: none }")  # the answers show every file already
         with ui.column().classes("w-full max-w-5xl mx-auto"):
             ui.label(title).classes("text-2xl")
             ui.label(f"It knows {', '.join(card.class_names)}. To anything else it should say “unknown”.")
