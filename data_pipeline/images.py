@@ -44,7 +44,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
         return image
     squeezed = image[..., 0] if channels == 1 else image
     resized = Image.fromarray(squeezed).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized).reshape(size, size, channels)
+    return np.array(resized).reshape(size, size, channels)
 
 
 def decode(encoded: bytes, channels: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

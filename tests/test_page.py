@@ -102,7 +102,8 @@ def test_dropped_images_are_recognised_and_explained(address, model, digits, tmp
         errors, elsewhere = [], []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
-            "request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:", "ws:")) else None
+            "request",
+            lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:", "blob:", "ws:")) else None,
         )
         page.goto(address)
         assert f"It knows {', '.join(model.card.class_names)}." in page.inner_text("body")
