@@ -11,7 +11,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-gpu lint doctor bench clean
+.PHONY: help setup demo test test-cluster test-browser test-gpu lint doctor bench clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -48,6 +48,11 @@ test-cluster: setup ## the tests on a real SLURM, sshd, Ray cluster, PostgreSQL 
 		command -v rsync >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh rsync postgresql >/dev/null; }
 	python -m pytest -m cluster
+
+test-browser: setup ## the tests of the web page in a headless Chromium (as root, where it is not installed)
+	@command -v chromium >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+	python -m pytest -m browser
 
 test-gpu: setup ## the tests that need a CUDA device
 	python -m pytest -m gpu

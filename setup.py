@@ -25,12 +25,12 @@ setup(
         "numpy",
         "pandas",  # the answer of a served model
         "scikit-learn",  # the bundled digits, nearest neighbours
-        "scipy",  # bootstrap, image filters
+        "scipy",  # bootstrap, two-sample tests, image filters
         "opencv-python",  # corruptions
         "scikit-dimension",  # intrinsic dimension
         "pytorch-ood",  # out-of-distribution detectors
         "adversarial-robustness-toolbox",  # attacks
-        "jinja2",  # HTML reports
+        "jinja2",  # HTML reports and explanations
         "pyarrow",  # Parquet data sets
         "pillow",  # image decoding
         "safetensors",  # weights without pickle
@@ -40,6 +40,8 @@ setup(
     ],
     extras_require={
         "server": ["mlflow[auth]", "psycopg[binary]"],  # cluster/mlflow
+        "export": ["onnx", "onnxscript", "onnxruntime"],  # trainer.export
+        "page": ["nicegui"],  # trainer.page
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -47,7 +49,8 @@ setup(
             "ruff",
             "jsonschema",  # Ray's cluster files
             "kubernetes-validate",
-            "gradmix-osr[server]",
+            "playwright",  # the page in a real browser
+            "gradmix-osr[server,export,page]",
         ],
     },
 )

@@ -2,6 +2,7 @@
 
     data/cifar10-0-32px-raw/train.beton      images, labels, indices
                             calibration.beton  test_known.beton  test_unknown.beton
+                            train.names.json (and so on)   what each image was called where it came from
                             manifest.json    split, source, encoding, class names; counts and checksum of each file
 
 A build is made whole under another name and then takes the place of an older one, so that the files of a folder always
@@ -106,6 +107,14 @@ class Build:
         if size <= _CHECKSUM_LIMIT and _sha256(path) != record.sha256:
             raise InputError(f"{path} does not match its checksum in {MANIFEST}: damaged or foreign; build it again")
         return path
+
+    def names(self, partition: str) -> list[str]:
+        """What each image was called where it came from, in the file's order; `train[0]` and so on for a build of an
+        earlier version, which did not note it."""
+        path = self.folder / f"{partition}.names.json"
+        if path.is_file():
+            return read_json(path, "list of names")
+        return [f"{partition}[{index}]" for index in range(self.record(partition).count)]
 
     def check_complete(self) -> None:
         """Raise `InputError` unless the file of every partition of the protocol is there with its right size."""
@@ -279,6 +288,7 @@ def _write_file(
     if skip_corrupt:
         indices, labels, skipped = _readable(source, indices, labels, part)
     write_ffcv(path, source, indices, labels, encoding, progress)
+    write_json(path.with_suffix(".names.json"), [source.describe(int(index)) for index in indices])
     counts = np.bincount(labels[labels >= 0], minlength=len(part.classes) if part.known else 0)
     return FileRecord(
         count=len(indices),

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.errors import InputError
+from data_pipeline.images import fit
 from data_pipeline.sources import Source
 
 WriteMode = Literal["raw", "jpg", "smart"]
@@ -76,15 +76,9 @@ def write_ffcv(
         _write(path, images, labels, encoding, progress)
 
 
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of uint8 (H, W, C), resized to (size, size, 3)."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side != size:
-        image = np.asarray(Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BILINEAR))
-        image = image.reshape(size, size, -1)
+def _stored(image: np.ndarray, size: int) -> np.ndarray:
+    """What is stored of uint8 (H, W, C): its centre square as (size, size, 3)."""
+    image = fit(image, size)
     # FFCV stores three channels; the loader gives grey images their one back.
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
@@ -95,7 +89,7 @@ def _decode_ahead(source: Source, indices: Iterable[int], size: int) -> Iterator
     pending: deque = deque()
     try:
         for index in indices:
-            pending.append(pool.submit(lambda index=int(index): _fit(source[index][0], size)))
+            pending.append(pool.submit(lambda index=int(index): _stored(source[index][0], size)))
             if len(pending) >= _DECODE_AHEAD:
                 yield pending.popleft().result()
         while pending:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import InputError, unknown_name
+from data_pipeline.images import to_uint8
 
 Subset = Literal["train", "test"]
 
@@ -160,30 +161,6 @@ def _digest(*parts: Any) -> str:
     return state.hexdigest()[:16]
 
 
-# Pixels
-
-
-def _to_uint8(image: Image.Image, channels: int) -> np.ndarray:
-    """Any Pillow image, upright, on white and with 8 bits a channel: uint8 (H, W, channels)."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-    if image.mode.startswith("I"):
-        image = _from_16_bits(np.asarray(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    return np.array(image).reshape(image.height, image.width, channels)
-
-
-def _from_16_bits(values: np.ndarray) -> Image.Image:
-    """Grey levels 0..65535, which Pillow also gives as 32-bit integers, at 8 bits. Pillow itself would clip them."""
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("grey levels outside 0..65535 have no fixed range")
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
 class _ArraySource(Source):
     """Images that are in memory: `images` is uint8 (n, H, W) or (n, H, W, 3)."""
 
@@ -202,7 +179,7 @@ class _ArraySource(Source):
         return f"{self._name} image {index}"
 
     def _pixels(self, index: int) -> np.ndarray:
-        return _to_uint8(Image.fromarray(self._images[index]), self.channels)
+        return to_uint8(Image.fromarray(self._images[index]), self.channels)
 
 
 class _EncodedSource(Source):
@@ -215,7 +192,7 @@ class _EncodedSource(Source):
     def _pixels(self, index: int) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(self._read(index))) as image:
-                return _to_uint8(image, self.channels)
+                return to_uint8(image, self.channels)
         except Exception as error:  # on damaged bytes, decoders raise almost anything
             name = self.describe(index)
             # Only the system's own errors have a number. Not the image but the disk is at fault then, and leaving out
@@ -315,6 +292,11 @@ class _FolderFiles:
 
     def describe(self, name: str) -> str:
         return str(self._root / name)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in `folder` and below it, in the order of their paths; hidden ones are left out."""
+    return [folder / name for name in sorted(_images_below(str(folder), ""))]
 
 
 def _images_below(folder: str, prefix: str) -> Iterator[str]:

@@ -19,3 +19,25 @@ def one_thread():
 def digits(tmp_path_factory) -> Build:
     """The FFCV files of digits, split 0."""
     return build(BuildConfig(protocol="digits", out=tmp_path_factory.mktemp("data")), Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def model(digits):
+    """A small model of digits, split 0, that nobody may change."""
+    from tests.models import small_model
+
+    return small_model(digits)
+
+
+@pytest.fixture(scope="session")
+def store(model, tmp_path_factory) -> str:
+    """The URI of an MLflow store that holds `model` as gradmix-digits version 1, @champion."""
+    from tests.models import finished_run
+
+    folder = tmp_path_factory.mktemp("store")
+    # Artifacts of an SQLite store go to the working folder.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        uri = f"sqlite:///{folder}/store.db"
+        finished_run(folder / "run", model, uri)
+    return uri

@@ -81,8 +81,10 @@ def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -
     )
     train = partitions["train"]
     model = OpenSetModel(card, encoder, train.images.new_empty((0, encoder.embedding_dim)), train.labels)
+    model.gallery_ids = partitions.build.names("train")
     model.gallery = model.embed(train.images)
     scores = model.score(partitions["calibration"].images, [config.k]).scores.squeeze(1)
+    model.calibration_scores = scores.cpu()
     model.card = dataclasses.replace(card, threshold=calibrate_threshold(scores, config.accept))
     return model
 

@@ -75,6 +75,50 @@ def class_scores(
     return scores
 
 
+class Neighbours(NamedTuple):
+    """The nearest gallery images of M test images, nearest first."""
+
+    similarities: Tensor  # (M, n), cosines in [-1, 1]
+    rows: Tensor  # (M, n) int64, in [0, N)
+
+
+@torch.no_grad()
+def neighbours(test: Tensor, gallery: Tensor, n: int, *, chunk_bytes: int = CHUNK_BYTES) -> Neighbours:
+    """The `n` gallery embeddings of largest cosine similarity to every test embedding, whatever their class.
+
+    Args:
+        test: (M, D) embeddings, M ≥ 0.
+        gallery: (N, D) embeddings, on the device of `test`.
+        n: 0 to N.
+        chunk_bytes: about the most memory to use beyond inputs and outputs.
+
+    Raises:
+        ValueError: if `n` or a shape is out of range.
+    """
+    if test.ndim != 2 or gallery.ndim != 2 or test.shape[1] != gallery.shape[1]:
+        raise ValueError(f"embeddings must be (rows, D) of one D, got {tuple(test.shape)} and {tuple(gallery.shape)}")
+    if not 0 <= n <= len(gallery):
+        raise ValueError(f"n must be within 0 to the {len(gallery)} gallery images, got {n}")
+    dtype = _dtype(test, gallery)
+    similarities = torch.empty(len(test), n, dtype=dtype, device=test.device)
+    nearest = torch.empty(len(test), n, dtype=torch.int64, device=test.device)
+    if n == 0 or len(test) == 0:
+        return Neighbours(similarities, nearest)
+    height, width = _tile(test, len(gallery), n, dtype.itemsize, chunk_bytes)
+    for start in range(0, len(test), height):
+        rows = slice(start, min(start + height, len(test)))
+        queries = _unit(test[rows], dtype)
+        best, found = queries.new_empty(len(queries), 0), nearest.new_empty(len(queries), 0)
+        for first in range(0, len(gallery), width):
+            block = _unit(gallery[first : first + width], dtype)
+            candidates = torch.cat([best, queries @ block.T], dim=1)
+            best, place = candidates.topk(min(n, candidates.shape[1]))
+            here = torch.arange(first, first + len(block), device=test.device).expand(len(queries), -1)
+            found = torch.cat([found, here], dim=1).gather(1, place)
+        similarities[rows], nearest[rows] = best, found
+    return Neighbours(similarities, nearest)
+
+
 def calibrate_threshold(known_scores: Tensor, accept: float = 0.95) -> float:
     """The largest threshold t with #{s ≥ t} / n ≥ accept over the scores of held-out known images.
 

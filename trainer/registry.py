@@ -1,24 +1,28 @@
 """The model that comes out of training, and how MLflow keeps it.
 
 One model is an encoder, a gallery of training embeddings, the class names, a threshold and the preprocessing: what it
-takes to name the class of an image or say "unknown". On disk it is two safetensors files and a JSON file; MLflow loads
-them through `_load_pyfunc` below, so nothing is pickled.
+takes to name the class of an image or say "unknown". On disk it is safetensors and JSON; MLflow loads them through
+`_load_pyfunc` below, so nothing is pickled. `python -m trainer.registry` registers, compares and promotes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import hashlib
 import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,8 +33,12 @@ from data_pipeline.protocols import UNKNOWN
 from data_pipeline.views import render_plain
 from trainer.config import Classifier, EncoderConfig
 from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
-from trainer.open_set import Scores, decide, score
+from trainer.open_set import Scores, class_scores, neighbours, score
 from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
+
+if TYPE_CHECKING:  # imported where it is used: MLflow takes seconds
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
 
 _BATCH = 256
 
@@ -64,21 +72,74 @@ class ModelCard:
         return cls(**{**record, "encoder": EncoderConfig(**record["encoder"])})
 
 
-class OpenSetModel:
-    """Names the class of an image, or says "unknown"."""
+class Recognition(NamedTuple):
+    """What a model says to M images.
 
-    def __init__(self, card: ModelCard, encoder: Encoder, gallery: Tensor, gallery_labels: Tensor) -> None:
-        """`gallery` is (N, D), `gallery_labels` (N,) int64 into `card.class_names`."""
+    Attributes:
+        labels: (M,) str, the class name or "unknown".
+        classes: (M,) str, the nearest class whatever the score.
+        scores: (M,) float32, what was compared with the threshold: the largest of `class_scores`.
+        class_scores: (M, C) float32, in the order of the card's class names.
+        neighbours: (M, n) int64, the most similar training images as rows of the gallery, nearest first.
+        similarities: (M, n) float32, their cosine similarities.
+    """
+
+    labels: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    class_scores: np.ndarray
+    neighbours: np.ndarray
+    similarities: np.ndarray
+
+
+class Neighbour(NamedTuple):
+    """A training image near to an image that was asked about."""
+
+    row: int  # of the gallery, which is also its place in the build's train.beton
+    id: str
+    class_name: str
+    similarity: float  # cosine, in [-1, 1]
+
+
+class OpenSetModel:
+    """Names the class of an image, or says "unknown".
+
+    Attributes:
+        gallery, gallery_labels: (N, D) embeddings of the training images, and (N,) int64 into `card.class_names`.
+        gallery_ids: (N,) what each training image was called where it came from.
+        calibration_scores: (n,) float32, the scores of the held-out known images that the threshold was set by; None
+            for a model saved before these were kept.
+    """
+
+    def __init__(
+        self,
+        card: ModelCard,
+        encoder: Encoder,
+        gallery: Tensor,
+        gallery_labels: Tensor,
+        gallery_ids: Sequence[str] | None = None,
+        calibration_scores: Tensor | None = None,
+    ) -> None:
         self.card, self.encoder = card, encoder.eval()
         self.gallery, self.gallery_labels = gallery, gallery_labels
+        self.gallery_ids = gallery_ids or [f"train[{row}]" for row in range(len(gallery_labels))]
+        self.calibration_scores = calibration_scores
 
     @property
     def device(self) -> torch.device:
         return self.gallery.device
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that an answer depends on."""
+        state = hashlib.sha256(json.dumps(self.card.to_dict(), sort_keys=True).encode())
+        for tensor in (*self.encoder.state_dict().values(), self.gallery, self.gallery_labels):
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return state.hexdigest()[:16]
+
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings (M, D) of uint8 images (M, H, W, C) of any size; they are brought to the model's."""
-        parts = [embed(self.encoder, self._render(part.to(self.device)), _BATCH) for part in images.split(_BATCH)]
+        parts = [embed(self.encoder, self.render(part.to(self.device)), _BATCH) for part in images.split(_BATCH)]
         return torch.cat(parts) if parts else self.gallery.new_empty((0, self.gallery.shape[1]))
 
     def logits(self, images: Tensor) -> Tensor | None:
@@ -87,24 +148,55 @@ class OpenSetModel:
         if self.encoder.classifier is None:
             return None
         parts = images.split(_BATCH)
-        return torch.cat([encode(self.encoder, self._render(part.to(self.device)), _BATCH).logits for part in parts])
+        return torch.cat([encode(self.encoder, self.render(part.to(self.device)), _BATCH).logits for part in parts])
 
     def score(self, images: Tensor, ks: Sequence[int]) -> Scores:
         """Scores and predicted classes (M, len(ks)); a larger score means more known."""
         return score(self.embed(images), self.gallery, self.gallery_labels, ks)
 
+    def recognise(self, images: Tensor, num_neighbours: int = 0) -> Recognition:
+        """The full answer to uint8 images (M, H, W, C), with so many of the nearest training images."""
+        embeddings = self.embed(images)
+        of_classes = class_scores(embeddings, self.gallery, self.gallery_labels, self.card.k)
+        near = neighbours(embeddings, self.gallery, num_neighbours)
+        by_class = of_classes.cpu().numpy()
+        predictions = by_class.argmax(axis=1)  # of equal scores the lowest class, as `score` has it
+        scores = by_class.max(axis=1)
+        known = scores >= self.card.threshold
+        names = np.array(self.card.class_names, dtype=object)
+        return Recognition(
+            labels=np.where(known, names[predictions], UNKNOWN),
+            classes=names[predictions],
+            scores=scores,
+            class_scores=by_class,
+            neighbours=near.rows.cpu().numpy(),
+            similarities=near.similarities.cpu().numpy(),
+        )
+
+    def name_neighbours(self, answer: Recognition) -> list[list[Neighbour]]:
+        """The neighbours of each image of an answer."""
+        labels = self.gallery_labels.cpu().numpy()[answer.neighbours]
+        return [
+            [
+                Neighbour(place, self.gallery_ids[place], self.card.class_names[label], similarity)
+                for place, label, similarity in zip(*row)
+            ]
+            for row in zip(answer.neighbours.tolist(), labels.tolist(), answer.similarities.tolist())
+        ]
+
     def predict(self, images: Tensor) -> dict[str, np.ndarray]:
         """For uint8 images (M, H, W, C): `label` is the class name or "unknown", `class` the nearest class whatever the
         score, `score` the score that was compared with the threshold."""
-        scores, predictions = (column.squeeze(1).cpu() for column in self.score(images, [self.card.k]))
-        names = np.array([*self.card.class_names, UNKNOWN], dtype=object)
-        decided = decide(scores, predictions, self.card.threshold)
-        return {"label": names[decided.numpy()], "class": names[predictions.numpy()], "score": scores.numpy()}
+        answer = self.recognise(images)
+        return {"label": answer.labels, "class": answer.classes, "score": answer.scores}
 
     def save(self, folder: Path) -> None:
         with full_disk_is_bad_input(folder), replacing_folder(folder) as partial:
             save_encoder(self.encoder, partial / "encoder.safetensors")
             save_file({"embeddings": self.gallery, "labels": self.gallery_labels}, partial / "gallery.safetensors")
+            write_json(partial / "gallery_ids.json", list(self.gallery_ids))
+            if self.calibration_scores is not None:
+                save_file({"scores": self.calibration_scores}, partial / "calibration.safetensors")
             write_json(partial / "model.json", self.card.to_dict())
 
     @classmethod
@@ -113,9 +205,19 @@ class OpenSetModel:
         encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
         load_encoder(encoder, folder / "encoder.safetensors")
         gallery = load_file(folder / "gallery.safetensors", device=str(device))
-        return cls(card, encoder.to(device), gallery["embeddings"], gallery["labels"])
+        # Models of earlier versions have neither of these.
+        ids, calibration = folder / "gallery_ids.json", folder / "calibration.safetensors"
+        return cls(
+            card,
+            encoder.to(device),
+            gallery["embeddings"],
+            gallery["labels"],
+            read_json(ids, "list of training images") if ids.is_file() else None,
+            load_file(calibration)["scores"] if calibration.is_file() else None,
+        )
 
-    def _render(self, images: Tensor) -> Tensor:
+    def render(self, images: Tensor) -> Tensor:
+        """Uint8 images (M, H, W, C) as the encoder sees them: (M, C, S, S) float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != self.card.channels:
             raise ValueError(
                 f"images must be uint8 of shape (M, H, W, {self.card.channels}), "
@@ -144,30 +246,45 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     found = client.search_model_versions(f"run_id = '{link.run_id}'") if link.version is None else []
     version = link.version or next((str(each.version) for each in found if each.name == model_name), None)
     if version is None:
-        version = _log_model(run_dir, model_name, link.run_id, card)
+        version = log_version(run_dir / "model", model_name, link.run_id, card)
     client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
     if alias:
-        client.set_registered_model_alias(model_name, alias, version)
+        move_alias(client, model_name, alias, version, "registered after training")
     link.replaced(version=version).save(run_dir)
     return version
 
 
-def _log_model(run_dir: Path, model_name: str, run_id: str, card: ModelCard) -> str:
-    """A new version of `model_name` from `run_dir`/model."""
+def log_version(folder: Path, model_name: str, run_id: str, card: ModelCard) -> str:
+    """A new version of `model_name` from a folder of `OpenSetModel.save`, belonging to the MLflow run `run_id`."""
     import mlflow
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, Map, Object, Property
 
+    neighbour = Object(
+        [Property("id", DataType.string), Property("class", DataType.string), Property("similarity", DataType.double)]
+    )
+    # No schema of the input: MLflow has none that takes arrays and files alike, and `trainer.serving` says more clearly
+    # what is wrong with a request.
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, card.channels), "images")]),
-        outputs=Schema([ColSpec("string", "label"), ColSpec("string", "class"), ColSpec("double", "score")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "label"),
+                ColSpec(DataType.string, "class"),
+                ColSpec(DataType.double, "score"),
+                ColSpec(DataType.double, "threshold"),
+                ColSpec(Map(DataType.double), "class_scores"),
+                ColSpec(Array(neighbour), "neighbours"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("neighbours", DataType.long, card.k)]),
     )
     # MLflow congratulates on standard error.
     with mlflow.start_run(run_id=run_id), contextlib.redirect_stderr(io.StringIO()):
         info = mlflow.pyfunc.log_model(
             name="model",
             loader_module="trainer.registry",
-            data_path=str(run_dir / "model"),
+            data_path=str(folder),
             signature=signature,
             input_example=np.zeros((1, card.image_size, card.image_size, card.channels), np.uint8),
             registered_model_name=model_name,
@@ -218,48 +335,202 @@ def _known_models(store: str) -> str:
     return f"it has {', '.join(described)}"
 
 
-class _PyFunc:
-    """What MLflow calls: `predict` on a numpy array, or on {"images": array}."""
+def find_version(uri: str, tracking_uri: str | None = None) -> ModelVersion:
+    """The registry's record of "models:/NAME@ALIAS" or "models:/NAME/VERSION".
 
-    def __init__(self, model: OpenSetModel) -> None:
-        self.model = model
+    Raises:
+        InputError: the store does not answer, has no such version, or `uri` is not of this form.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
 
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        import pandas as pd
+    store = resolve_uri(tracking_uri)
+    check_store(store, must_exist=True)
+    name, version, alias = _parts(uri)
+    client = MlflowClient(store)
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+    except MlflowException as error:
+        raise InputError(
+            f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
+        ) from error
 
-        images = model_input["images"] if isinstance(model_input, dict) else model_input
-        return pd.DataFrame(self.model.predict(torch.from_numpy(np.ascontiguousarray(images))))
+
+def _parts(uri: str) -> tuple[str, str, str]:
+    """Name, version and alias, one of the last two empty."""
+    rest = uri.removeprefix("models:/").strip("/")
+    name, _, alias = rest.partition("@")
+    version = ""
+    if not alias:
+        name, _, version = rest.partition("/")
+    if not uri.startswith("models:/") or not name or not (alias or version.isdecimal()):
+        raise InputError(f"{uri} names no registered model: give models:/NAME@ALIAS or models:/NAME/VERSION")
+    return name, version, alias
 
 
-def _load_pyfunc(data_path: str) -> _PyFunc:
+class Move(NamedTuple):
+    """One move of an alias, as the registry's tags keep it."""
+
+    time: str
+    alias: str
+    old: str | None
+    new: str
+    why: str
+    back: bool
+    """Whether it was a demotion, back to the version that carried the alias before."""
+
+
+_MOVE = "alias."
+
+
+def move_alias(client: MlflowClient, name: str, alias: str, version: str, why: str, *, back: bool = False) -> None:
+    """Give `alias` of the model `name` to `version`, and note in tags when, from which version and why.
+
+    The model's tags are the history (`moves`); the version that comes and the one that goes are tagged too.
+    """
+    old = client.get_registered_model(name).aliases.get(alias)
+    if old is not None and str(old) == version:
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    client.set_registered_model_alias(name, alias, version)
+    record = {"old": None if old is None else str(old), "new": version, "why": why, "back": back}
+    client.set_registered_model_tag(name, f"{_MOVE}{alias}.{now:%Y%m%dT%H%M%S.%f}", json.dumps(record))
+    client.set_model_version_tag(name, version, f"{alias}.since", f"{now:%Y-%m-%d %H:%M:%S} UTC: {why}")
+    if old is not None:
+        client.set_model_version_tag(name, str(old), f"{alias}.until", f"{now:%Y-%m-%d %H:%M:%S} UTC: {why}")
+
+
+def moves(client: MlflowClient, name: str) -> list[Move]:
+    """Every noted move of an alias of the model `name`, the oldest first."""
+    found = []
+    for key, text in client.get_registered_model(name).tags.items():
+        if key.startswith(_MOVE):
+            alias, _, stamp = key.removeprefix(_MOVE).partition(".")
+            found.append(Move(time=stamp, alias=alias, **json.loads(text)))
+    return sorted(found)
+
+
+def _load_pyfunc(data_path: str) -> Any:
     """MLflow's entry for models whose `loader_module` is this one."""
+    from trainer.serving import ServedModel
+
     device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
-    return _PyFunc(OpenSetModel.load(Path(data_path), device))
+    return ServedModel(OpenSetModel.load(Path(data_path), device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RegisterConfig:
-    """Which run's model to register, and under which name."""
-
-    run_dir: Path
-    """Run folder of a finished training."""
-    model_name: str | None = None
-    """Name in the registry. Default: METHOD-PROTOCOL."""
-    alias: str = "champion"
-    """Alias that is moved to the new version; empty for none."""
+app = tyro.extras.SubcommandApp()
 
 
-def main() -> None:
-    config = cli.parse(
-        RegisterConfig,
-        prog="python -m trainer.registry",
-        description="Register the model of a run folder in MLflow, where training could not do it itself.",
+@app.command(name="register")
+def _register(run_dir: tyro.conf.Positional[Path], model_name: str | None = None, alias: str = "champion") -> None:
+    """Register the model of a run folder in MLflow, where training could not do it itself.
+
+    Args:
+        run_dir: Run folder of a finished training.
+        model_name: Name in the registry. Default: METHOD-PROTOCOL.
+        alias: Alias that is moved to the new version; empty for none.
+    """
+    card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
+    name = model_name or f"{card.method}-{card.protocol['name']}"
+    version = register(run_dir, name, alias)
+    print(f"registered {name} version {version}" + (f" as @{alias}" if alias else ""))
+
+
+@app.command(name="compare")
+def _compare(
+    champion: tyro.conf.Positional[str],
+    challenger: tyro.conf.Positional[str],
+    data: Path = Path("data"),
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    tracking_uri: str | None = None,
+) -> None:
+    """Measure two models on the same test images: the difference, and its paired bootstrap interval.
+
+    Args:
+        champion: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as runs/demo/model.
+        challenger: The other one, of the same protocol and split.
+        data: Data folder that holds the built files, or the folder of one build.
+        confidence: Of the interval; within (0, 1).
+        resamples: How often the test images are drawn anew; 100 or more.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import compare, comparison_table
+
+    result = compare(
+        champion, challenger, data=data, tracking_uri=tracking_uri, confidence=confidence, resamples=resamples
     )
-    card = ModelCard.from_dict(read_json(config.run_dir / "model" / "model.json", "model"))
-    name = config.model_name or f"{card.method}-{card.protocol['name']}"
-    version = register(config.run_dir, name, config.alias)
-    print(f"registered {name} version {version}" + (f" as @{config.alias}" if config.alias else ""))
+    Console(soft_wrap=True).print(comparison_table(result, champion, challenger, confidence))
+
+
+@app.command(name="promote")
+def _promote(
+    champion: tyro.conf.Positional[str],
+    challenger: tyro.conf.Positional[str],
+    margin: float = 0.01,
+    metric: Literal["auroc", "oscr", "accuracy"] = "auroc",
+    data: Path = Path("data"),
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    tracking_uri: str | None = None,
+) -> None:
+    """Move an alias to another version if that is not worse; ends with status 1 where it may be.
+
+    Args:
+        champion: The alias, models:/NAME@ALIAS.
+        challenger: The version that shall carry it, models:/NAME/VERSION or by another alias.
+        margin: Not worse means: the interval of the difference lies above minus this; 0.01 is one point of percent.
+            0 asks for a challenger that is surely better.
+        metric: What is compared.
+        data: Data folder that holds the built files, or the folder of one build.
+        confidence: Of the interval; within (0, 1).
+        resamples: How often the test images are drawn anew; 100 or more.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import promote
+
+    moved = promote(
+        champion,
+        challenger,
+        margin=margin,
+        metric=metric,
+        data=data,
+        tracking_uri=tracking_uri,
+        confidence=confidence,
+        resamples=resamples,
+        console=Console(soft_wrap=True),
+    )
+    if not moved:
+        raise SystemExit(1)
+
+
+@app.command(name="demote")
+def _demote(champion: tyro.conf.Positional[str], why: str = "", tracking_uri: str | None = None) -> None:
+    """Give an alias back to the version that carried it before.
+
+    Args:
+        champion: The alias, models:/NAME@ALIAS.
+        why: What the history shall say.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import demote
+
+    print(f"{champion} is version {demote(champion, why, tracking_uri)} again")
+
+
+@app.command(name="history")
+def _history(name: tyro.conf.Positional[str], tracking_uri: str | None = None) -> None:
+    """Show a model's versions and every move of its aliases, as the registry's tags have them.
+
+    Args:
+        name: Name of the model, such as gradmix-digits.
+        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
+    """
+    from trainer.promotion import history_tables
+
+    for table in history_tables(name.removeprefix("models:/"), tracking_uri):
+        Console().print(table)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(lambda: app.cli(prog="python -m trainer.registry", description=__doc__.split("\n")[0]))
