@@ -227,6 +227,12 @@ class TestEvaluators:
         assert len(result.arrays["log_ratio"]) == len(result.arrays["log_survival"]) == 54
         assert IntrinsicDimension(max_images=20)(subject).numbers["images"] == 20.0
 
+    def test_a_collapsed_model_has_no_dimension(self):
+        data = colour_data()
+        data["test_known"] = data["test_known"]._replace(images=torch.zeros_like(data["test_known"].images))
+        with pytest.raises(InputError, match="31 test_known images have no intrinsic dimension"):
+            IntrinsicDimension()(Subject(colour_model(), data))
+
     def test_prefixed(self, subject):
         result = OpenSet(bootstrap=FEW)(subject).prefixed("a")
         assert set(result.numbers) == set(result.intervals) == {"a/auroc", "a/oscr", "a/closed_set_accuracy"}

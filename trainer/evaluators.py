@@ -443,7 +443,13 @@ class IntrinsicDimension:
     def __call__(self, subject: Subject) -> Evaluation:
         features = subject.outputs(self.partition).features.numpy()
         chosen = np.random.default_rng(0).permutation(len(features))[: self.max_images]
-        found = two_nn(features[chosen])
+        try:
+            found = two_nn(features[chosen])
+        except ValueError as error:
+            raise InputError(
+                f"the features of {len(chosen)} {self.partition} images have no intrinsic dimension ({error}): there "
+                "are too few images, or the model tells none of them apart"
+            ) from error
         return Evaluation(
             {"intrinsic_dimension": found.dimension, "images": float(len(chosen))},
             arrays={"log_ratio": found.log_ratio, "log_survival": found.log_survival},
