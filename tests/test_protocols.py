@@ -73,7 +73,12 @@ def test_a_hash_is_the_same_on_every_machine():
 
 
 def test_closed_set_protocols_have_no_unknown():
-    for name, classes in (("cifar10-closed", 10), ("cifar100-closed", 100), ("tinyimagenet-closed", 100)):
+    for name, classes in (
+        ("cifar10-closed", 10),
+        ("cifar100-closed", 100),
+        ("tinyimagenet-closed", 100),
+        ("tinyimagenet-all", 200),
+    ):
         protocol = Protocol(name)
         assert protocol.known == tuple(range(classes)) and protocol.openness == 0
         assert "test_unknown" not in protocol.partitions

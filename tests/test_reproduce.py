@@ -8,13 +8,20 @@ import re
 import statistics
 
 import pytest
+import torch
 from rich.console import Console
 
+from data_pipeline.beton import read_build
 from data_pipeline.errors import InputError
+from data_pipeline.loader import Partitions
 from data_pipeline.protocols import protocol_names, split_count
 from trainer import reproduce as module
-from trainer.experiments import EXPERIMENTS, experiment, published
+from trainer.evaluators import BootstrapConfig, ClosedSet
+from trainer.experiments import EXPERIMENTS, Measure, experiment, published
+from trainer.registry import OpenSetModel
 from trainer.reproduce import BUDGETS, ReproduceConfig, plan, reproduce, table_of
+
+DIGITS = "digits-0-16px-raw-600images"
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +104,15 @@ def test_a_budget_limits_and_never_raises():
     assert BUDGETS["full"].applied(whole) == whole
 
 
+def test_a_budget_limits_the_images_of_what_takes_long_alone():
+    def most(name: str, measure: str, budget: str) -> int | None:
+        return BUDGETS[budget].measured(experiment(name).variants[0]).measures[measure].evaluator.max_images
+
+    assert [most("table5", "corruptions", budget) for budget in ("smoke", "short", "full")] == [100, 1000, None]
+    assert most("beyond", "attacks", "short") == 1000 and most("figure6", "coverage", "full") == 2560
+    assert most("table1", "dimension", "smoke") == 20_000
+
+
 def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatch, tmp_path):
     config = ReproduceConfig(
         experiment="table2",
@@ -157,6 +173,16 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     assert by_gallery["max_logit/auroc"] != by_gallery["osr/auroc"]
     assert all(number.published is None for row in rows.values() for number in row[:3]) and "SimCLR" not in rows
     assert rows["GradMix"][3:6] == ("2", "600", "2")
+
+    assert {"digits_bars", "digits_OpenSet_roc", "digits_OpenSet_oscr"} <= result.figures.keys()
+
+    # The state at the only checkpoint is what came out.
+    cell, part = plan(config)[0], Partitions(read_build(tmp_path / "data" / DIGITS), torch.device("cpu"))
+    model = OpenSetModel.load(cell.config.folder / "model")
+    accuracy = Measure(evaluator=ClosedSet(bootstrap=BootstrapConfig(resamples=0)), course=8)
+    course = module.course_of(accuracy, cell, model, part).arrays
+    assert course["course/epoch"].tolist() == [2]
+    assert course["course/closed_set_accuracy"] == records[0]["numbers"]["osr/closed_set_accuracy"]
 
     trained.clear()
     reproduce(config, output())

@@ -266,7 +266,10 @@ def _figure3() -> Experiment:
         ("conv3_2",), ("conv4_2",), ("conv5_2",),
         ("conv3_2", "conv4_2"), ("conv4_2", "conv5_2"), ("conv3_2", "conv4_2", "conv5_2"),
     )  # fmt: skip
-    variants = {" + ".join(layers): _gradmix_with("+".join(layers), layers=layers) for layers in choices}
+    # Hyphens, since plots show an underscore as a space.
+    variants = {
+        " + ".join(layers).replace("_", "-"): _gradmix_with("+".join(layers), layers=layers) for layers in choices
+    }
     return Experiment(
         title="Figure 3: layers of the activation map",
         protocols=_TWO,

@@ -529,8 +529,8 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
         title=chosen.title,
-        caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; in brackets "
-        "what the paper prints.",
+        caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
+        "published: what the paper prints.",
         columns=("row", "protocol", *units, "runs", "images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
         notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
@@ -583,7 +583,9 @@ def pictures(name: str, cells: Sequence[Cell]) -> dict[str, Figure]:
         rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
         if rows:
             bars = bar_figure(name, rows, protocol, cells)
-            shown = {"bars": bars, **evaluator_figures(rows, protocol, cells), **course_figures(rows, protocol, cells)}
+            others = {column.measure for column in chosen.columns} - {None}
+            found = evaluator_figures(rows, others, protocol, cells)
+            shown = {"bars": bars, **found, **course_figures(rows, protocol, cells)}
             drawn |= {f"{protocol.replace('+', '-')}_{title}": figure for title, figure in shown.items()}
     return drawn
 
@@ -605,15 +607,17 @@ def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Ce
     )
 
 
-def evaluator_figures(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
-    """The rows side by side, one cell of each; rows that are measured in one way share their pictures."""
+def evaluator_figures(rows: Sequence[Row], others: set[str], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+    """The rows side by side, one cell of each, by their own measure and by `others`; those of one kind share their
+    pictures."""
     kinds: dict[type, dict[str, Evaluation]] = {}
     evaluators = {}
     for row in rows:
         first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
-        evaluator = first.variant.measures[row.measure].evaluator
-        evaluators.setdefault(type(evaluator), evaluator)
-        kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(first, row.measure)
+        for name in {row.measure: None, **dict.fromkeys(others)}:
+            evaluator = first.variant.measures[name].evaluator
+            evaluators.setdefault(type(evaluator), evaluator)
+            kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(first, name)
     figures = {}
     for kind, evaluations in kinds.items():
         for title, figure in present(evaluators[kind], evaluations).figures.items():
