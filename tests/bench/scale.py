@@ -6,7 +6,7 @@
 As root, `unshare --net sh -c "ip link set lo up; ..."` around the second keeps other traffic out of the last column.
 
 Symbols: R ranks, B images of a step over all ranks, n = B/R of them on each, V views of an image (3 with GradMix, else
-2), D the embedding's length, P weights, C channels of all batch-norm layers together, N training images, p peaks of an
+2), D the embedding's length, P weights, L batch-norm layers with C channels together, N training images, p peaks of an
 image, S the image's side in pixels.
 """
 
@@ -74,6 +74,11 @@ class Setting:
         """C"""
         return sum(m.num_features for m in self._encoder().modules() if isinstance(m, nn.BatchNorm2d))
 
+    @property
+    def layers(self) -> int:
+        """L"""
+        return sum(isinstance(module, nn.BatchNorm2d) for module in self._encoder().modules())
+
     def _encoder(self) -> Encoder:
         with torch.device("meta"):
             return Encoder(self.encoder, self.image_channels)
@@ -94,6 +99,11 @@ def sent(at: Setting) -> dict[str, float]:
         "ZeRO's weights": share * 4 * at.weights if at.zero else 0.0,
         "loss": 2 * share * 4,
     }
+
+
+def collectives(at: Setting) -> int:
+    """How many a step has, where one bucket holds all gradients."""
+    return 2 * at.layers + 5 + (at.zero > 0)
 
 
 def sent_in_an_epoch(at: Setting) -> float:
@@ -146,6 +156,7 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[str, float] = {}
+        self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
@@ -161,6 +172,7 @@ class Collectives(TorchDispatchMode):
                 "reduce_scatter_base": lambda: share * sum(sizes[1]),
                 "allreduce": lambda: 2 * share * sum(sizes[0]),
             }[name]()  # another collective than these is news: let it be a KeyError
+            self.calls += 1
             self.bytes[name] = self.bytes.get(name, 0.0) + count
         return function(*args, **(kwargs or {}))
 
@@ -197,6 +209,7 @@ def measure(config: TrainConfig, steps: int = 3) -> dict[str, Any]:
     dist.barrier()
     return {
         "sent": step.bytes,
+        "calls": step.calls,
         "epoch": sum(epoch.bytes.values()),
         "peak": peak_bytes(memory),
         "state": sum(t.numel() * t.element_size() for t in _state(trainer)),
