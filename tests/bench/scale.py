@@ -6,7 +6,7 @@
 As root, `unshare --net sh -c "ip link set lo up; ..."` around the second keeps other traffic out of the last column.
 
 Symbols: R ranks, B images of a step over all ranks, n = B/R of them on each, V views of an image (3 with GradMix, else
-2), D the embedding's length, P weights, C channels of all batch-norm layers together, N training images, p peaks of an
+2), D the embedding's length, P weights, L batch-norm layers with C channels together, N training images, p peaks of an
 image, S the image's side in pixels.
 """
 
@@ -37,7 +37,7 @@ from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer import losses
 from trainer.config import EncoderConfig, OptimizerConfig, TrainConfig, recipe
-from trainer.distributed import rank, world_size
+from trainer.distributed import world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks
 from trainer.train import Trainer
@@ -56,6 +56,8 @@ class Setting:
     views: int = 3
     peaks: int = 1
     zero: int = 0
+    bucket: int = 500_000_000
+    """Gradients that ZeRO has room for at a time (reduce_bucket_size); this is DeepSpeed's default."""
 
     @property
     def own(self) -> int:
@@ -71,6 +73,11 @@ class Setting:
     def channels(self) -> int:
         """C"""
         return sum(m.num_features for m in self._encoder().modules() if isinstance(m, nn.BatchNorm2d))
+
+    @property
+    def layers(self) -> int:
+        """L"""
+        return sum(isinstance(module, nn.BatchNorm2d) for module in self._encoder().modules())
 
     def _encoder(self) -> Encoder:
         with torch.device("meta"):
@@ -94,37 +101,39 @@ def sent(at: Setting) -> dict[str, float]:
     }
 
 
+def collectives(at: Setting) -> int:
+    """How many a step has, where one bucket holds all gradients."""
+    return 2 * at.layers + 5 + (at.zero > 0)
+
+
 def sent_in_an_epoch(at: Setting) -> float:
     """Bytes that each rank sends at an epoch's end, so that all know the peaks."""
     return 2 * (at.ranks - 1) / at.ranks * 4 * (2 * at.peaks + 1) * at.images
 
 
 def held(at: Setting) -> dict[str, float]:
-    """Bytes that each rank holds at the most, in float32.
-
-    The last two are bounds found by measuring, see `similarity_bytes` and `ACTIVATIONS`.
-    """
+    """Bytes that each rank holds at the most, in float32; the last three were found by measuring."""
     state = 4 + 4 + 8 if not at.zero else 4 + 4 + 12 / at.ranks
     return {
         "weights, gradients, Adam": state * at.weights,
+        "ZeRO's bucket": 4.0 * at.bucket if at.zero else 0.0,
         "resident images": (at.image_channels * at.side**2 + 16) * at.images,
         "peak store": (8 * at.peaks + 1) * at.images,
-        "embeddings of all ranks": 2 * 4 * at.views * at.batch * at.encoder.embedding_dim,  # with their gradients
+        "embeddings of all ranks": 4 * 4 * at.views * at.batch * at.encoder.embedding_dim,  # gradients, copies
         "similarities": similarity_bytes(at),
-        "activations": ACTIVATIONS * at.views * at.own * at.encoder.width * at.side**2,
+        "activations": ACTIVATIONS[at.encoder.architecture] * at.views * at.own * at.encoder.width * at.side**2,
     }
 
 
-ACTIVATIONS = 150.0
-"""Bytes a view needs for each channel of the first stage and pixel, in ResNet-18 with the small stem."""
-_WHOLE, _IN_PARTS = 80.0, 40.0
+ACTIVATIONS = {"resnet18": 77.0, "resnet34": 127.0, "resnet50": 415.0}
+"""Bytes that a view needs for each channel of the first stage and pixel, with the small stem; bfloat16 takes half."""
 
 
 def similarity_bytes(at: Setting) -> float:
     """Of anchors with all keys, as many at a time as `losses.MOST_AT_ONCE` allows: never (2B)² on any rank."""
     pairs = (2 * at.own) * (2 * at.batch)
     # All at once, the graphs of three losses wait for the backward pass; in parts, one part of one loss is there.
-    return _WHOLE * pairs if pairs <= losses.MOST_AT_ONCE else _IN_PARTS * losses.MOST_AT_ONCE
+    return 28.0 * pairs if pairs <= losses.MOST_AT_ONCE else 24.0 * losses.MOST_AT_ONCE
 
 
 def operations(at: Setting) -> dict[str, float]:
@@ -147,6 +156,7 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[str, float] = {}
+        self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
@@ -162,6 +172,7 @@ class Collectives(TorchDispatchMode):
                 "reduce_scatter_base": lambda: share * sum(sizes[1]),
                 "allreduce": lambda: 2 * share * sum(sizes[0]),
             }[name]()  # another collective than these is news: let it be a KeyError
+            self.calls += 1
             self.bytes[name] = self.bytes.get(name, 0.0) + count
         return function(*args, **(kwargs or {}))
 
@@ -177,7 +188,7 @@ def peak_bytes(events: profile) -> int:
 
 
 def measure(config: TrainConfig, steps: int = 3) -> dict[str, Any]:
-    """On a rank: bytes sent by the second step and by the peaks, the peak of the memory, and operations and time."""
+    """On a rank: bytes sent by a step and by the peaks, the most memory a step adds, its operations and its time."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     trainer = Trainer(config, Partitions(find_build(config.data, config.protocol, config.split), join_ranks()))
     batches = trainer.loader.epoch(0)
@@ -198,13 +209,13 @@ def measure(config: TrainConfig, steps: int = 3) -> dict[str, Any]:
     dist.barrier()
     return {
         "sent": step.bytes,
+        "calls": step.calls,
         "epoch": sum(epoch.bytes.values()),
         "peak": peak_bytes(memory),
         "state": sum(t.numel() * t.element_size() for t in _state(trainer)),
         "operations": counter.get_total_flops(),
         "seconds": (time.perf_counter() - started) / steps,
         "wire": (_loopback() - before) / steps / world_size(),
-        "rank": rank(),
     }
 
 
@@ -229,15 +240,15 @@ def main() -> None:
 
 def show_formulas(console: Console) -> None:
     """CIFAR-10's recipe at 64 images a rank."""
-    table = Table(title="CIFAR-10, ResNet-18, 32 pixels, D = 128, 3 views, 64 images a rank; each rank")
+    table = Table(title="CIFAR-10, ResNet-18, 32 pixels, D = 128, 3 views, 64 images a rank; each rank, float32")
     settings = [Setting(ranks=ranks, batch=64 * ranks, images=28_500, side=32) for ranks in (8, 64, 1024)]
-    for name in ("", *(f"{at.ranks} ranks, batch {at.batch:,}" for at in settings)):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("", *(f"{at.ranks} ranks\nbatch {at.batch:,}" for at in settings)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for title, unit, costs in (
-        ("sends in a step", "MB", [sent(at) for at in settings]),
-        ("sends in an epoch", "MB", [{"peaks": sent_in_an_epoch(at)} for at in settings]),
+        ("step sends", "MB", [sent(at) for at in settings]),
+        ("epoch sends", "MB", [{"peaks": sent_in_an_epoch(at)} for at in settings]),
         ("holds", "MB", [held(at) for at in settings]),
-        ("computes in a step", "GFLOP", [operations(at) for at in settings]),
+        ("step computes", "GFLOP", [operations(at) for at in settings]),
     ):
         for name in costs[0]:
             table.add_row(f"{title}: {name}", *(_scaled(cost[name], unit) for cost in costs))
@@ -258,19 +269,19 @@ def small(data: Path, protocol: str = "digits", **changes: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-def setting_of(config: TrainConfig, ranks: int, zero: int = 0) -> Setting:
+def setting_of(config: TrainConfig, ranks: int, zero: int = 0, bucket: int = 0) -> Setting:
     build = find_build(config.data, config.protocol, config.split)
     return Setting(
         ranks=ranks, batch=config.batch_size, images=build.record("train").count, side=build.manifest.image_size,
         encoder=config.encoder, image_channels=build.manifest.channels, zero=zero,
+        bucket=bucket,
     )  # fmt: skip
 
 
 def show_measured(console: Console, data: Path) -> None:
-    table = Table(title="digits, ResNet-18 of width 8, 16 pixels, D = 32, batch 96; each rank")
-    for name in ("ranks", "ZeRO", "sends in a step, formula", "counted", "on the wire", "peaks, formula", "counted",
-                 "step"):  # fmt: skip
-        table.add_column(name, justify="right")
+    table = Table(title="digits, ResNet-18 of width 8, 16 pixels, D = 32, batch 96; bytes that each rank sends")
+    for name in ("ranks", "ZeRO", "step", "counted", "on the wire", "epoch's end", "counted", "step takes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for ranks, zero in ((1, 0), (2, 0), (2, 1), (4, 0), (4, 1)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "deepspeed.json"
@@ -279,8 +290,8 @@ def show_measured(console: Console, data: Path) -> None:
             found = on_ranks(measure, ranks, config)[0]
         at = setting_of(config, ranks, zero)
         table.add_row(
-            str(ranks), str(zero), f"{sum(sent(at).values()):,.0f} B", f"{sum(found['sent'].values()):,.0f} B",
-            f"{found['wire']:,.0f} B", f"{sent_in_an_epoch(at):,.0f} B", f"{found['epoch']:,.0f} B",
+            str(ranks), str(zero), f"{sum(sent(at).values()):,.0f}", f"{sum(found['sent'].values()):,.0f}",
+            f"{found['wire']:,.0f}", f"{sent_in_an_epoch(at):,.0f}", f"{found['epoch']:,.0f}",
             f"{found['seconds']:.2f} s",
         )  # fmt: skip
     console.print(table)

@@ -71,14 +71,16 @@ class Slurm:
         time.sleep(3)  # until the nodes have forgotten that they were to kill it
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def wait(self, condition, seconds: float, what: str) -> None:
+    def wait(self, condition, seconds: float, what: str, log: Path | None = None) -> None:
+        """Until `condition()`; a failure shows the end of a job's `log`."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"no {what} after {seconds} s: {self.logs()}"
+            assert time.monotonic() < end, f"no {what} after {seconds} s: {self.logs(log)}"
             time.sleep(0.5)
 
-    def logs(self) -> str:
-        return "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in self.folder.glob("*.log"))
+    def logs(self, *others: Path | None) -> str:
+        paths = [*self.folder.glob("*.log"), *(path for path in others if path is not None and path.exists())]
+        return "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in paths)
 
     def stop(self) -> None:
         self.hosts.stop()

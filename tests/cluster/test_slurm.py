@@ -49,7 +49,7 @@ def submit_training(slurm: Slurm, digits, folder: Path) -> str:
     return submit(slurm, folder, TRAIN, *options(digits, folder))
 
 
-def wait_for_end(slurm: Slurm, job: str, seconds: float = 240) -> str:
+def wait_for_end(slurm: Slurm, job: str, seconds: float = 300) -> str:
     slurm.wait(lambda: slurm.state(job).split()[0] in ("COMPLETED", "FAILED", "CANCELLED"), seconds, "end of the job")
     return slurm.state(job)
 
@@ -83,9 +83,9 @@ def test_srun_alone_needs_no_launcher(slurm, digits, together, tmp_path):
 
 def test_a_job_that_must_make_room_is_queued_again_and_finishes(slurm, digits, together, tmp_path):
     job = submit_training(slurm, digits, tmp_path)
-    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint")
+    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint", tmp_path / "job.log")
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait(lambda: "restarts=1" in slurm.state(job), 60, f"requeue: {log(tmp_path)}")
+    slurm.wait(lambda: "restarts=1" in slurm.state(job), 60, "requeue", tmp_path / "job.log")
     assert "stopped by SIGUSR1" in log(tmp_path) and "back into the queue" in log(tmp_path)
     slurm.start_now(job)
     assert wait_for_end(slurm, job) == "COMPLETED 0:0 restarts=1", log(tmp_path)
@@ -96,16 +96,16 @@ def test_a_job_that_must_make_room_is_queued_again_and_finishes(slurm, digits, t
 
 def test_a_job_that_is_cancelled_does_not_come_back(slurm, digits, tmp_path):
     job = submit_training(slurm, digits, tmp_path)
-    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint")
+    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint", tmp_path / "job.log")
     slurm.run("scancel", job)
     assert wait_for_end(slurm, job).startswith("CANCELLED"), log(tmp_path)
-    slurm.wait(lambda: not rank_processes(tmp_path), 30, f"end of the ranks: {log(tmp_path)}")
+    slurm.wait(lambda: not rank_processes(tmp_path), 30, "end of the ranks", tmp_path / "job.log")
     assert "restarts=0" in slurm.state(job) and "PENDING" not in slurm.state(job)
 
 
 def test_a_rank_that_is_killed_ends_the_job_and_is_named(slurm, digits, tmp_path):
     job = submit_training(slurm, digits, tmp_path)
-    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint")
+    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint", tmp_path / "job.log")
     subprocess.run(["kill", "-9", str(rank_processes(tmp_path)[1])], check=True)
     assert wait_for_end(slurm, job, 60).startswith("FAILED"), log(tmp_path)
     assert re.search(r"n2: task 1: Killed", log(tmp_path)) and steps_done(tmp_path) >= 7
@@ -121,7 +121,7 @@ def test_a_sweep_that_must_make_room_comes_back_and_finishes_on_both_nodes(slurm
 
     given = ["--data", str(tmp_path / "data"), "--folder", str(folder), *SEARCH, "--restart"]
     job = submit(slurm, tmp_path, SWEEP, *given, cpus=2)
-    slurm.wait(lambda: sum(map(len, reports().values())) >= 3, 180, f"report of a trial: {log(tmp_path)}")
+    slurm.wait(lambda: sum(map(len, reports().values())) >= 3, 240, "report of a trial", tmp_path / "job.log")
     assert "2 nodes, 4 CPUs" in log(tmp_path)
     # Whoever reaches the port needs the word that only the job knows.
     asked = slurm.hosts.run(
@@ -131,7 +131,7 @@ def test_a_sweep_that_must_make_room_comes_back_and_finishes_on_both_nodes(slurm
     assert asked.returncode != 0 and "Unauthenticated" in asked.stderr, asked.stderr
 
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait(lambda: "restarts=1" in slurm.state(job), 60, f"requeue: {log(tmp_path)}")
+    slurm.wait(lambda: "restarts=1" in slurm.state(job), 60, "requeue", tmp_path / "job.log")
     before = reports()
     slurm.start_now(job)
     assert wait_for_end(slurm, job) == "COMPLETED 0:0 restarts=1", log(tmp_path)
