@@ -23,6 +23,7 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.ffcv_writer import Encoding
 from data_pipeline.files import replacing
+from data_pipeline.images import decode, fit
 from data_pipeline.loader import load_all
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import open_source
@@ -103,6 +104,21 @@ def test_compression_is_in_the_name_and_close_to_the_pixels(mode, tmp_path):
 
 def inodes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
+def test_names_are_those_of_the_images(folder_of_images, tmp_path):
+    # One of them left out, after which places and names would part.
+    (folder_of_images / "train" / "cat" / "3.png").write_bytes(b"junk")
+    made = build(custom(folder_of_images, tmp_path / "data", skip_corrupt=True), QUIET)
+    for name in made.manifest.files:
+        stored, names = load_all(made, name, device=CPU).images, made.names(name)
+        assert len(names) == len(stored) == len(set(names))
+        for image, path in zip(stored.numpy(), names):
+            np.testing.assert_array_equal(image, fit(decode(Path(path).read_bytes(), 3), 16))
+    # A build of an earlier version noted none.
+    (made.folder / "train.names.json").unlink()
+    assert made.names("train")[:2] == ["train[0]", "train[1]"]
+    assert len(made.names("train")) == made.record("train").count
 
 
 def test_a_second_build_writes_nothing(digits, tmp_path, capsys):

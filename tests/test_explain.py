@@ -42,7 +42,7 @@ def naive_layercam(model, image: torch.Tensor, layer: str) -> torch.Tensor:
     best = None
     for label in range(len(model.card.class_names)):
         cosines = [torch.dot(encoded.embeddings[0], g) / g.norm() for g in model.gallery[model.gallery_labels == label]]
-        total = sum(sorted(cosines, key=float, reverse=True)[: model.card.k])
+        total = sum(sorted(cosines, key=lambda cosine: cosine.item(), reverse=True)[: model.card.k])
         best = total if best is None or total > best else best
     best.backward()
     model.encoder.zero_grad(set_to_none=True)

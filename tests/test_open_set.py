@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.open_set import UNKNOWN, calibrate_threshold, class_scores, decide, score
+from trainer.open_set import UNKNOWN, calibrate_threshold, class_scores, decide, neighbours, score
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -290,6 +290,28 @@ class TestChunks:
         expected = score(*inputs, ks)
         torch.testing.assert_close(result.scores.cpu(), expected.scores, rtol=1e-4, atol=1e-4)
         assert (result.predictions.cpu() == expected.predictions).float().mean() > 0.999
+
+
+class TestNeighbours:
+    @pytest.mark.parametrize(
+        ("test_rows", "gallery_rows", "dimension", "n"), [(13, 101, 7, 5), (1, 1, 3, 1), (5, 23, 2, 23), (4, 9, 3, 0)]
+    )
+    @pytest.mark.parametrize("chunk_bytes", [1, 700, 2**20])
+    def test_equals_the_loops(self, test_rows, gallery_rows, dimension, n, chunk_bytes):
+        test, gallery, _ = embeddings(test_rows, gallery_rows, dimension, 1)
+        found = neighbours(test, gallery, n, chunk_bytes=chunk_bytes)
+        assert found.similarities.shape == found.rows.shape == (test_rows, n) and found.rows.dtype == torch.int64
+        for z, similarities, rows in zip(test.tolist(), found.similarities.tolist(), found.rows.tolist()):
+            expected = sorted(((cosine(z, g), row) for row, g in enumerate(gallery.tolist())), reverse=True)[:n]
+            np.testing.assert_allclose(similarities, [each for each, _ in expected], atol=1e-5)
+            assert rows == [row for _, row in expected]
+
+    def test_no_test_images_and_bad_input(self):
+        _, gallery, _ = embeddings(1, 20, 3, 4)
+        assert neighbours(torch.empty(0, 3), gallery, 2).rows.shape == (0, 2)
+        for test, n in ((torch.empty(2, 4), 1), (torch.empty(2, 3), 21), (torch.empty(2, 3), -1), (torch.empty(3), 1)):
+            with pytest.raises(ValueError, match=r"embeddings must be|n must be within"):
+                neighbours(test, gallery, n)
 
 
 def replaced(index: int, value) -> list:

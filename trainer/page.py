@@ -127,7 +127,8 @@ def _picture(source: str, caption: str, tooltip: str = "") -> None:
     from nicegui import ui
 
     with ui.column().classes("gap-0 w-24"):
-        image = ui.image(source).classes("w-24 h-24").style("image-rendering: pixelated")
+        image = ui.image(source).classes("w-24 h-24").props("no-spinner no-transition")
+        image.style("image-rendering: pixelated")
         if tooltip:
             image.tooltip(tooltip)
         ui.label(caption).classes("text-xs text-gray-600")
