@@ -48,12 +48,12 @@ def test_intervals_hold_what_they_promise():
     generator = np.random.default_rng(0)
     # Of scores uniform on [0, 1] the quantile at 0.1 is 0.1, and a threshold t accepts 1 − t.
     quantile_inside = share_inside = 0
-    for _ in range(600):
+    for _ in range(250):
         found = calibrate(torch.from_numpy(generator.uniform(size=60)), 0.9, 0.9)
         quantile_inside += found.low <= 0.1 <= found.high
         share_inside += found.accepted_low <= 1 - found.threshold <= found.accepted_high
-    assert quantile_inside / 600 >= 0.88
-    assert 0.87 <= share_inside / 600 <= 0.93
+    assert quantile_inside / 250 >= 0.86
+    assert 0.84 <= share_inside / 250 <= 0.96
 
 
 def test_ties_and_extremes():

@@ -144,7 +144,7 @@ def compare(
     hashes = [model.card.split_hash for model in models]
     if hashes[0] != hashes[1]:
         raise InputError(
-            f"{first} was trained for split {hashes[0]}, {second} for {hashes[1]}: no image is a test image of both; "
+            f"{first} was trained for split {hashes[0]}, {second} for {hashes[1]}: their test images differ; "
             "compare models of one protocol and split"
         )
     partitions = Partitions(find_split(data, Protocol.from_dict(models[0].card.protocol)), models[0].device)

@@ -376,7 +376,7 @@ class Move(NamedTuple):
     old: str | None
     new: str
     why: str
-    back: bool
+    back: bool = False
     """Whether it was a demotion, back to the version that carried the alias before."""
 
 

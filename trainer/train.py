@@ -442,6 +442,8 @@ def finish(trainer: Trainer, run: RunFolder, tracker: Tracker, seconds: float) -
     )
     if run.console is not None:
         run.console.print(metrics_table(result, f"{protocol.name}, split {protocol.split} (percent)"))
+    if "test_unknown" not in trainer.partitions:
+        run.log("no class is unknown: AUROC, OSCR and how many unknown images are rejected cannot be measured")
 
 
 def train(config: TrainConfig, console: Console | None, partitions: Partitions | None = None) -> None:
