@@ -382,6 +382,41 @@ class TestDigital:
                 picture.save(file, "JPEG", quality=PUBLISHED[size]["jpeg_compression"][severity - 1])
                 np.testing.assert_array_equal(compressed, np.asarray(Image.open(file)))
 
+    @pytest.mark.parametrize(("size", "severity"), [(32, 1), (32, 3), (32, 5), (64, 4)])
+    def test_elastic_pixel_by_pixel(self, size, severity):
+        images = pictures(2, size)
+        amplitude, sigma, shift = PUBLISHED[size]["elastic_transform"][severity - 1]
+        result = corrupted(images, "elastic_transform", severity)
+        for image, draw, out in zip(images, generators("elastic_transform", severity, 2), result):
+            half, third = size // 2, size // 3
+            corners = np.float32(
+                [(half + third, half + third), (half + third, half - third), (half - third, half - third)]
+            )
+            moved = corners + draw.uniform(-shift, shift, size=(3, 2)).astype(np.float32)
+            matrix = corruptions.cv2.getAffineTransform(corners, moved)
+            x = corruptions.cv2.warpAffine(
+                np.float32(image / 255.0), matrix, (size, size), borderMode=corruptions.cv2.BORDER_REFLECT_101
+            )
+            dx, dy = (
+                ndimage.gaussian_filter(draw.uniform(-1, 1, size=(size, size)), sigma, mode="reflect", truncate=3)
+                * amplitude
+                for _ in range(2)
+            )
+
+            def inside(place):
+                return -1 - place if place < 0 else 2 * size - 1 - place if place >= size else place
+
+            for row in range(0, size, 5):
+                for column in range(0, size, 3):
+                    y, x_ = row + dy[row, column], column + dx[row, column]
+                    top, left = math.floor(y), math.floor(x_)
+                    expected = sum(
+                        (1 - abs(y - i)) * (1 - abs(x_ - j)) * x[inside(i), inside(j)]
+                        for i in (top, top + 1)
+                        for j in (left, left + 1)
+                    )
+                    np.testing.assert_allclose(out[row, column], expected * 255, atol=1.01)
+
     def test_elastic_shifts_no_further_than_published(self):
         """A single bright point stays within the affine part's reach and the displacement of a smooth field."""
         images = np.zeros((12, 32, 32, 3), np.uint8)

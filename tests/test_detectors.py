@@ -105,6 +105,12 @@ def test_features_alone(train):
         fit_detector("energy", None)(bare[1])
 
 
+def test_scores_that_are_not_finite(train):
+    endless = Outputs(train[2].features, torch.full_like(train[2].logits, torch.inf))
+    with pytest.raises(InputError, match="energy has scores that are not finite"):
+        fit_detector("energy", None)(endless)
+
+
 def test_bad_names_and_missing_images():
     with pytest.raises(InputError, match="unknown detector 'odin'; known: max_softmax"):
         fit_detector("odin", None)

@@ -76,6 +76,16 @@ class TestFeatureModel:
             again = torch.nn.functional.normalize(ours.encoder.head(features), dim=1)
         torch.testing.assert_close(again, ours.embed(images), atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("classifier", [None, "linear"])
+    def test_an_encoder_alone(self, classifier):
+        ours = open_set_model(classifier=classifier)
+        images = torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
+        outputs = FeatureModel(ours.encoder, image_size=16, mean=ours.card.mean, std=ours.card.std)(images)
+        torch.testing.assert_close(outputs.features, ours.embed(images), atol=1e-5, rtol=1e-5)
+        assert (outputs.logits is None) == (classifier is None)
+        if classifier:
+            torch.testing.assert_close(outputs.logits, ours.logits(images), atol=1e-5, rtol=1e-4)
+
     @pytest.mark.parametrize("classifier", ["linear", "reciprocal"])
     def test_a_classifier_of_this_project(self, classifier):
         ours = open_set_model(classifier=classifier)
@@ -226,6 +236,12 @@ class TestEvaluators:
         assert result.numbers == {"intrinsic_dimension": two_nn(features).dimension, "images": 60.0}
         assert len(result.arrays["log_ratio"]) == len(result.arrays["log_survival"]) == 54
         assert IntrinsicDimension(max_images=20)(subject).numbers["images"] == 20.0
+
+    def test_a_collapsed_model_has_no_dimension(self):
+        data = colour_data()
+        data["test_known"] = data["test_known"]._replace(images=torch.zeros_like(data["test_known"].images))
+        with pytest.raises(InputError, match="31 test_known images have no intrinsic dimension"):
+            IntrinsicDimension()(Subject(colour_model(), data))
 
     def test_prefixed(self, subject):
         result = OpenSet(bootstrap=FEW)(subject).prefixed("a")

@@ -70,6 +70,12 @@ def test_bars_error_bars_and_published_values():
     assert plots.grouped_bars(["a"], {"x": [-5.0]}, title="t").axes[0].get_ylim()[0] < -5
 
 
+def test_bars_that_are_missing():
+    axes = plots.grouped_bars(["a", "b"], {"x": [None, 4.0]}, errors={"x": [None, (3.0, 5.0)]}, title="t").axes[0]
+    assert [patch.get_height() for patch in axes.patches][1] == 4.0 and axes.get_ylim()[1] > 5
+    assert plots.grouped_bars(["a"], {"x": [None]}, title="t").axes[0].get_ylim()[1] > 0
+
+
 def test_lines():
     axes = plots.lines([1, 10, 100], {"a": [1, 2, 3]}, title="t", x_label="x", y_label="y", logarithmic=True).axes[0]
     assert axes.get_xscale() == "log" and axes.lines[0].get_ydata().tolist() == [1, 2, 3]

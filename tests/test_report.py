@@ -60,7 +60,7 @@ def result():
             ("C2AE", None, Number(value=None, published=89.5, digits=1)),
         ),
         notes=("20 of the paper's 600 epochs.",),
-        figures={"line": line, "bars": bars},
+        figures={"line": line, "the bars": bars},
         facts={"command": "python -m trainer.reproduce table2", **provenance()},
     )
 
@@ -83,7 +83,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(result):
     assert "script" not in page.tags and page.tags.count("svg") == 2
     assert len(set(page.ids)) == len(page.ids)
     html = to_html(result)
-    for name in ("line", "bars"):
+    for name in ("line", "the-bars"):
         used = {part.split(")")[0] for part in html.split(f"url(#{name}-")[1:]}
         assert used and all(f'id="{name}-{each}"' in html for each in used)
 

@@ -65,8 +65,8 @@ def fit_detector(name: DetectorName, train: tuple[Outputs, np.ndarray] | None) -
         train: outputs of the training images, and their labels (N,) from 0; those of `WITHOUT_FITTING` need none.
 
     Raises:
-        InputError: the name is unknown, a detector that needs training images got none, or one that needs logits meets
-            outputs without.
+        InputError: the name is unknown, a detector that needs training images got none, one that needs logits meets
+            outputs without, or, from the function, a score is not finite.
     """
     if name not in get_args(DetectorName):
         raise unknown_name("detector", name, get_args(DetectorName))
@@ -76,7 +76,10 @@ def fit_detector(name: DetectorName, train: tuple[Outputs, np.ndarray] | None) -
 
     def score(outputs: Outputs) -> np.ndarray:
         with torch.no_grad():
-            return -outlier_scores(outputs).double().cpu().numpy()
+            scores = -outlier_scores(outputs).double().cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise InputError(f"detector {name} has scores that are not finite for this model: leave it out")
+        return scores
 
     return score
 

@@ -28,6 +28,7 @@ from data_pipeline.loader import Batch
 from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
 from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
+from trainer.encoder import Encoded
 from trainer.metrics import (
     Interval,
     auroc,
@@ -49,8 +50,8 @@ class FeatureModel:
     """A network and how images are shown to it.
 
     Args:
-        network: from normalised views (M, C, h, w) to features (M, D), or to a pair of features and logits (M, C). It
-            is put into evaluation mode.
+        network: from normalised views (M, C, h, w) to features (M, D), to a pair of features and logits (M, C), or
+            to `Encoded`, as this project's encoders. It is put into evaluation mode.
         image_size: h = w of the views, pixels; images of another size are resized.
         mean, std: per channel, of pixel values in [0, 1]; their number is that of the channels.
         layer: the module of `network` whose output (M, K, h', w') attribution maps are made of; None: no maps.
@@ -120,8 +121,7 @@ class FeatureModel:
     def outputs(self, pixels: Tensor) -> Outputs:
         """Outputs of pixels (M, C, h, w) in [0, 1], with gradient."""
         mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        result = self.network((pixels - mean) / std)
-        features, logits = (result, None) if isinstance(result, Tensor) else result
+        features, logits = _split(self.network((pixels - mean) / std))
         return Outputs(features.float(), None if logits is None else logits.float())
 
     def maps(self, pixels: Tensor) -> tuple[Outputs, Tensor]:
@@ -266,6 +266,15 @@ def _by_class(gallery: Tensor, labels: Tensor, k: int) -> list[Tensor]:
     return [F.normalize(gallery[labels == label], dim=1) for label in range(len(counts))]
 
 
+def _split(result: Tensor | tuple[Tensor, Tensor | None] | Encoded) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits if there are any, of whatever a network returns."""
+    if isinstance(result, Tensor):
+        return result, None
+    if isinstance(result, Encoded):
+        return result.embeddings, result.logits
+    return result
+
+
 class _OpenSetNetwork(nn.Module):
     def __init__(self, model: OpenSetModel, features: Features) -> None:
         super().__init__()
@@ -290,8 +299,7 @@ class _GalleryNetwork(nn.Module):
         self.gallery = _by_class(gallery, labels, k)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        result = self.network(views)
-        features = result if isinstance(result, Tensor) else result[0]
+        features, _ = _split(self.network(views))
         return features, gallery_logits(features, self.gallery, self.k)
 
 
@@ -443,7 +451,13 @@ class IntrinsicDimension:
     def __call__(self, subject: Subject) -> Evaluation:
         features = subject.outputs(self.partition).features.numpy()
         chosen = np.random.default_rng(0).permutation(len(features))[: self.max_images]
-        found = two_nn(features[chosen])
+        try:
+            found = two_nn(features[chosen])
+        except ValueError as error:
+            raise InputError(
+                f"the features of {len(chosen)} {self.partition} images have no intrinsic dimension ({error}): there "
+                "are too few images, or the model tells none of them apart"
+            ) from error
         return Evaluation(
             {"intrinsic_dimension": found.dimension, "images": float(len(chosen))},
             arrays={"log_ratio": found.log_ratio, "log_survival": found.log_survival},

@@ -7,6 +7,7 @@ shown in percent.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -115,7 +116,7 @@ def oscr_curves(curves: Mapping[str, Curve], *, title: str = "Open set classific
 @_styled
 def grouped_bars(
     categories: Sequence[str],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[float | None]],
     *,
     errors: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
     published: Sequence[float | None] | None = None,
@@ -126,7 +127,7 @@ def grouped_bars(
     """Bars side by side, a group for each category and a colour for each series: ablations, detectors, corruptions.
 
     Args:
-        series: for each label, a value for each category, as it is to be shown.
+        series: for each label, a value for each category, as it is to be shown; None leaves its place empty.
         errors: for some labels, the ends (low, high) of each value's error bar, or None.
         published: for each category the published value, drawn as a line over the group, or None.
         zero: whether the axis has to begin at 0; otherwise it begins below the smallest value.
@@ -134,7 +135,8 @@ def grouped_bars(
     figure, axes = _axes(title, "", label, width=max(6.0, 1.2 + 0.36 * len(categories) * max(len(series), 2)))
     places, width = np.arange(len(categories)), 0.8 / max(len(series), 1)
     ends = []
-    for number, (name, values) in enumerate(series.items()):
+    for number, (name, given) in enumerate(series.items()):
+        values = [math.nan if value is None else value for value in given]
         shift = (number - (len(series) - 1) / 2) * width
         bars = (errors or {}).get(name)
         sides = None
@@ -156,6 +158,7 @@ def grouped_bars(
             )  # fmt: skip
             ends.append(value)
             drawn = True
+    ends = [end for end in ends if not math.isnan(end)] or [0.0]
     low, high = min(ends), max(ends)
     margin = 0.15 * (high - low) or 1.0
     axes.set_ylim(min(0.0, low - margin) if zero or low < 0 else max(0.0, low - 2 * margin), high + margin)

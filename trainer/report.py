@@ -208,6 +208,7 @@ def _parts(cell: Cell) -> tuple[str, str, str]:
 
 def _inline(picture: str, name: str) -> str:
     """An SVG document as an element. Its ids begin with its name, since those of a page have to differ."""
+    name = re.sub(r"\W+", "-", name)
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r'\bid="', f'id="{name}-', picture)
     return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", picture)
