@@ -412,6 +412,8 @@ def compute(name: str, cell: Cell, partitions: Partitions, console: Console) -> 
     """Train and measure one cell of experiment `name`; its numbers go to evaluation.json. Returns a line about them."""
     # Somebody who watches sees a progress bar; the epochs of all cells would bury the table in a file.
     shown = console if console.is_terminal else None
+    if cell.config.restart:
+        from_first_rank(lambda: (cell.config.folder / "evaluation.json").unlink(missing_ok=True))
     train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
 
     def measured() -> str:
@@ -526,17 +528,19 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
                 lines.append((row.label, protocol, *found, *effort(own)))
     marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
     done = [record for record in (cell.record() for cell in cells) if record]
+    tested = {cell.protocol.name: cell.record()["test_images"] for cell in cells if cell.record()}
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
         title=chosen.title,
         caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
         "published: what the paper prints.",
-        columns=("row", "protocol", *units, "runs", "images", "epochs", "training"),
+        columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
         notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
         figures=pictures(config.experiment, cells),
         facts={
             "command": config.command,
+            "test images": ", ".join(f"{name} {count:,}" for name, count in tested.items()) or NONE,
             "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
             **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
