@@ -45,8 +45,8 @@ test: setup ## the tests
 
 test-cluster: setup ## the tests on a real SLURM, sshd, Ray cluster, PostgreSQL and MLflow server, which they start (as root)
 	@command -v slurmctld >/dev/null && command -v sshd >/dev/null && command -v pdsh >/dev/null && \
-		command -v rsync >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
-		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh rsync postgresql >/dev/null; }
+		command -v rsync >/dev/null && command -v ip >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm openssh-server pdsh rsync iproute2 postgresql >/dev/null; }
 	python -m pytest -m cluster
 
 test-browser: setup ## the tests of the web page in a headless Chromium (as root, where it is not installed)
