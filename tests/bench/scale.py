@@ -126,7 +126,7 @@ def held(at: Setting) -> dict[str, float]:
 
 
 ACTIVATIONS = {"resnet18": 77.0, "resnet34": 127.0, "resnet50": 415.0}
-"""Bytes that a view needs for each channel of the first stage and pixel, with the small stem; bfloat16 takes half."""
+"""Bytes that a view needs for each channel of the first stage and pixel, with the small stem, in float32."""
 
 
 def similarity_bytes(at: Setting) -> float:

@@ -111,6 +111,21 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(slurm, digits, tmp_path
     assert re.search(r"n2: task 1: Killed", log(tmp_path)) and steps_done(tmp_path) >= 7
 
 
+def test_a_job_that_loses_a_node_comes_back_when_the_node_does(slurm, digits, tmp_path):
+    job = submit_training(slurm, digits, tmp_path)
+    slurm.wait(lambda: steps_done(tmp_path) >= 7, 120, "first checkpoint", tmp_path / "job.log")
+    slurm.hosts.cut()
+    try:
+        slurm.wait(lambda: "restarts=1" in slurm.state(job), 150, "requeue", tmp_path / "job.log")
+        slurm.wait(lambda: not rank_processes(tmp_path), 90, "end of the ranks", tmp_path / "job.log")
+    finally:
+        slurm.hosts.mend()
+    slurm.wait(lambda: slurm.run("sinfo", "-h", "-o", "%T").split() == ["idle"], 90, "two idle nodes")
+    slurm.start_now(job)
+    assert wait_for_end(slurm, job) == "COMPLETED 0:0 restarts=1", log(tmp_path)
+    assert "going on from" in log(tmp_path)
+
+
 def test_a_sweep_that_must_make_room_comes_back_and_finishes_on_both_nodes(slurm, tmp_path):
     folder, trials = tmp_path / "sweep", tmp_path / "sweep" / "tune" / "search"
 
