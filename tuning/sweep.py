@@ -32,7 +32,7 @@ from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
 from trainer.engine import micro_batch_size
 from trainer.evaluate import evaluate_open_set
-from trainer.registry import OpenSetModel, load_model
+from trainer.registry import OpenSetModel, load_model, move_alias
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -465,7 +465,8 @@ def promote(winner: TrainConfig, made: Build, auroc: float, console: Console) ->
             console.print(f"the champion stays: its AUROC is {theirs:.4f}, the winner's {auroc:.4f} (@challenger)")
             return "challenger"
     version = Link.read(winner.folder).version
-    client.set_registered_model_alias(winner.model_name, "champion", version)
+    why = f"winner of a sweep, AUROC {auroc:.4f}" + ("" if rival is None else f" against {theirs:.4f}")
+    move_alias(client, winner.model_name, "champion", version, why)
     console.print(f"{winner.model_name} version {version} is the champion now (AUROC {auroc:.4f})")
     return "champion"
 
