@@ -16,14 +16,20 @@ Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75
 """The work was put away in good order because the system asked for it: the same command goes on with it."""
+EXIT_INTERRUPTED = 130
 
 
 class Preempted(BaseException):
-    """The system asked this process to end; its work is saved, and it has said so."""
+    """The system, or with Ctrl-C a person, asked this process to end; its work is saved, and it has said so."""
+
+    def __init__(self, status: int = EXIT_REQUEUE) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main` and end the process: 0, 2 with one line on standard error for an `InputError`, 75 when preempted."""
+    """Run `main` and end the process: 0, 2 with one line on standard error for an `InputError`, 75 when preempted, 130
+    after Ctrl-C."""
     try:
         main()
     except InputError as error:
@@ -35,11 +41,11 @@ def run(main: Callable[[], None]) -> None:
         # The reader, such as `head`, has had enough; nothing may be written when the interpreter ends, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Preempted:
-        sys.exit(EXIT_REQUEUE)
+    except Preempted as preempted:
+        sys.exit(preempted.status)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def parse(

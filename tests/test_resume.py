@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.beton import find_build
 from data_pipeline.build import BuildConfig, build
-from data_pipeline.cli import EXIT_REQUEUE
+from data_pipeline.cli import EXIT_INTERRUPTED, EXIT_REQUEUE
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
@@ -125,14 +125,14 @@ def run_and_die(config: TrainConfig, dies: int, name: str) -> int:
     return done.returncode
 
 
-@pytest.mark.parametrize(("dies", "name"), [(8, "SIGKILL"), (9, "SIGTERM"), (14, "SIGUSR1")])
+@pytest.mark.parametrize(("dies", "name"), [(8, "SIGKILL"), (9, "SIGTERM"), (14, "SIGUSR1"), (4, "SIGINT")])
 def test_a_run_that_is_ended_at_any_step_goes_on_bit_for_bit(config, straight, dies, name):
     code = run_and_die(config, dies, name)
     steps = max(json.loads(p.read_text())["progress"]["total_steps"] for p in config.folder.rglob("state.json"))
     if name == "SIGKILL":
         assert code == -signal.SIGKILL and steps == STEPS
     else:  # the very step is kept
-        assert code == EXIT_REQUEUE and steps == dies + 1
+        assert code == (EXIT_INTERRUPTED if name == "SIGINT" else EXIT_REQUEUE) and steps == dies + 1
         assert json.loads((config.folder / "mlflow.json").read_text())["status"] == "KILLED"
     train(config, QUIET)
     assert_equal(outcome(config.folder), straight)

@@ -348,20 +348,27 @@ class Keeper:
         if sum_over_ranks(torch.tensor(float(len(asked)), device=trainer.device)) > 0:
             why = asked[0] if asked else "a signal to another rank"
             self.run.log(f"stopped by {why}: the same command goes on from {path}")
-            raise cli.Preempted
+            raise cli.Preempted(cli.EXIT_INTERRUPTED if why == "SIGINT" else cli.EXIT_REQUEUE)
 
 
 @contextmanager
 def requests_to_stop() -> Iterator[list[str]]:
-    """The signals by which the system asked this process to end; they do nothing else within the block."""
+    """The signals by which this process was asked to end; they do nothing else within the block, but that the second
+    Ctrl-C does not wait."""
     asked: list[str] = []
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield asked
         return
-    handlers = {
-        number: signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if "SIGINT" in asked:
+                raise KeyboardInterrupt
+            if rank() == 0:
+                print("\nwriting a checkpoint after this step; Ctrl-C again does not wait for it", file=sys.stderr)
+        asked.append(signal.Signals(number).name)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield asked
     except cli.Preempted:
