@@ -28,7 +28,7 @@ from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
-from trainer.coverage import Coverage
+from trainer.attribution_maps import Coverage
 from trainer.detectors import DetectorName
 from trainer.encoder import Encoder
 from trainer.evaluators import (

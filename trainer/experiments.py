@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from data_pipeline.errors import unknown_name
 from trainer.config import Architecture, MixingConfig, TrainConfig, recipe
-from trainer.coverage import Coverage
+from trainer.attribution_maps import Coverage
 from trainer.evaluators import (
     BootstrapConfig,
     ClosedSet,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainer import plots
-from trainer.coverage import Coverage
+from trainer.attribution_maps import Coverage
 from trainer.evaluators import (
     ClosedSet,
     Detectors,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
 from tests.feature_models import batch_of, colour_data, colour_model, open_set_model
-from trainer.coverage import Coverage, activated_share
+from trainer.attribution_maps import Coverage, activated_share
 from trainer.evaluators import TEMPERATURE, FeatureModel, Subject
 
 # Views that are the image itself.
