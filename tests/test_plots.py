@@ -110,6 +110,48 @@ def test_corruption_examples():
     np.testing.assert_array_equal(figure.axes[5].get_images()[0].get_array(), examples[1, 2])
 
 
+def test_histograms_of_several_methods():
+    scores = {"a": (KNOWN, UNKNOWN), "b": (10 * KNOWN[:50], UNKNOWN), "c": (KNOWN, UNKNOWN[:1])}
+    figure = plots.score_histograms_figure(scores, title="t", note="budget smoke")
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        "a: 300 known, 200 unknown", "b: 50 known, 200 unknown", "c: 300 known, 1 unknown",
+    ]  # fmt: skip
+    for axes, (known, unknown) in zip(figure.axes, scores.values()):
+        heights = [patch.get_height() for patch in axes.patches]
+        edges = np.histogram_bin_edges(np.r_[known, unknown], 60)
+        expected = [100 * np.histogram(each, edges)[0] / len(each) for each in (unknown, known)]
+        np.testing.assert_allclose(heights, np.concatenate(expected))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["unknown", "known"]
+    assert figure.get_suptitle() == "t" and figure.get_supxlabel() == "budget smoke"
+    assert len(plots.score_histograms_figure({"a": (KNOWN, UNKNOWN)}).axes) == 1
+
+
+def test_a_note_is_part_of_every_picture():
+    curve = roc_curve(KNOWN, UNKNOWN)
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    figures = [
+        plots.score_histogram(KNOWN, UNKNOWN, note="budget smoke"),
+        plots.roc_curves({"a": curve}, note="budget smoke"),
+        plots.oscr_curves({"a": curve}, note="budget smoke"),
+        plots.grouped_bars(["a"], {"x": [1.0]}, title="t", note="budget smoke"),
+        plots.lines([1, 2], {"a": [1, 2]}, title="t", x_label="x", y_label="y", note="budget smoke"),
+        plots.two_nn_fit(np.array([0.1, 0.2]), np.array([0.3, 0.6]), 3.0, title="t", note="budget smoke"),
+        plots.attribution_grid(images, {}, note="budget smoke"),
+        plots.corruption_examples(images[None], ["fog"], [], note="budget smoke"),
+    ]
+    for figure in figures:
+        assert figure.get_supxlabel() == "budget smoke"
+        # It is drawn below everything else.
+        figure.draw_without_rendering()
+        note = figure._supxlabel.get_window_extent()
+        others = [axes.get_tightbbox().y0 for axes in figure.axes if axes.get_tightbbox() is not None]
+        assert note.y0 >= 0 and note.y1 <= min(others) + 1
+    assert plots.with_note(figures[0], "").get_supxlabel() == ""
+    long = plots.with_note(figures[0], "budget " * 60)
+    long.draw_without_rendering()
+    assert long._supxlabel.get_window_extent().x1 <= long.bbox.x1
+
+
 def test_files(tmp_path):
     figure = plots.score_histogram(KNOWN, UNKNOWN)
     written = plots.save_figures({"scores": figure}, tmp_path / "figures")

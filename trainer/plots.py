@@ -1,13 +1,15 @@
 """Pictures of what evaluators find: functions from arrays to matplotlib figures, in one style.
 
 No figure is registered with pyplot, so that nothing has to be closed and no display is asked for. Shares in [0, 1] are
-shown in percent.
+shown in percent. Every function takes `note=`, which is printed small below the picture: what a reader has to know who
+finds it alone, such as the budget it was made with.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-KNOWN, UNKNOWN, PUBLISHED = COLOURS[0], COLOURS[1], "#999999"
+LINE_STYLES = ("-", "--", "-.", ":")
+KNOWN, UNKNOWN = COLOURS[0], COLOURS[1]
 
 _STYLE: dict[str, Any] = {
     "figure.dpi": 120,
@@ -44,18 +47,29 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "gradmix",
 }
 _MOST_POINTS = 1000
+_NOTE_LETTERS = 17
+"""Letters of a note for each inch of a figure's width."""
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Figure:
+    def drawn(*args: Any, note: str = "", **kwargs: Any) -> Figure:
         import matplotlib
         from cycler import cycler
 
-        with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
-            return draw(*args, **kwargs)
+        # The first line style in all colours, then the next one.
+        cycle = cycler(linestyle=LINE_STYLES) * cycler(color=COLOURS)
+        with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycle}):
+            return with_note(draw(*args, **kwargs), note)
 
     return drawn
+
+
+def with_note(figure: Figure, note: str) -> Figure:
+    """The same figure, with `note` printed small below it; another note takes its place, an empty one removes it."""
+    lines = textwrap.fill(note, int(_NOTE_LETTERS * figure.get_figwidth()))
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=7, color="#666666")
+    return figure
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
@@ -86,13 +100,30 @@ def score_histogram(
 ) -> Figure:
     """How scores of known (n,) and unknown (m,) images are spread, each group's bars adding up to 1."""
     figure, axes = _axes(title, "score (larger: more known)", "share of the images (percent)")
-    edges = np.histogram_bin_edges(np.concatenate([known, unknown]), bins=bins)
-    for scores, label, colour in ((unknown, "unknown", UNKNOWN), (known, "known", KNOWN)):
-        weights = np.full(len(scores), 100 / len(scores))
-        axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=f"{label} ({len(scores):,} images)")
+    groups = {f"unknown ({len(unknown):,} images)": unknown, f"known ({len(known):,} images)": known}
+    _histograms(axes, groups, bins)
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
     axes.legend()
+    return figure
+
+
+@_styled
+def score_histograms_figure(
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "Scores", bins: int = 60
+) -> Figure:
+    """Small histograms below each other, as `score_histogram`'s: for each label the scores of known (n,) and of unknown
+    (m,) images. Scores of different rows have scales of their own."""
+    figure = _figure(6.0, 1.2 + 1.1 * len(scores))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    for axes, (name, (known, unknown)) in zip(figure.subplots(len(scores), squeeze=False)[:, 0], scores.items()):
+        axes.set_title(f"{name}: {len(known):,} known, {len(unknown):,} unknown", fontsize=9, fontweight="normal")
+        _histograms(axes, {"unknown": unknown, "known": known}, bins)
+        axes.locator_params(axis="y", nbins=3)
+        axes.tick_params(labelsize=8)
+    axes.set_xlabel("score (larger: more known)")
+    figure.supylabel("share of the images (percent)", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
@@ -258,6 +289,14 @@ def corruption_examples(
         axes = grid[row, 0]
         axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=9)
     return figure
+
+
+def _histograms(axes: Axes, groups: Mapping[str, np.ndarray], bins: int) -> None:
+    """Of unknown and of known images, over the same bins, the bars of each group adding up to 100 percent."""
+    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins)
+    for (label, scores), colour in zip(groups.items(), (UNKNOWN, KNOWN)):
+        weights = np.full(len(scores), 100 / len(scores))
+        axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=label)
 
 
 def _rates(axes: Axes, curves: Mapping[str, Curve]) -> None:
