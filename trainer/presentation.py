@@ -169,14 +169,14 @@ def _detectors(evaluator: Detectors, evaluations: Evaluations) -> Presentation:
         series[label] = [100 * evaluation.numbers[f"{name}/auroc"] for name in evaluator.names]
         found = [evaluation.intervals.get(f"{name}/auroc") for name in evaluator.names]
         errors[label] = [None if each is None else (100 * each.low, 100 * each.high) for each in found]
-    bars = plots.grouped_bars(
+    points = plots.grouped_points(
         evaluator.names, series, errors=errors, title="Detectors", label="AUROC (percent)"
     )  # fmt: skip
     return Presentation(
         columns=("detector", *_named("model", evaluations), *(NAMES[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=_interval_note(evaluator),
-        figures={"detectors": bars},
+        figures={"detectors": points},
     )
 
 
@@ -209,7 +209,7 @@ def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Pres
     }
     bars = plots.grouped_bars(
         evaluator.corruptions, drops, title="Accuracy drop by corruption, mean over severities",
-        label="accuracy drop (percentage points)", zero=True,
+        label="accuracy drop (percentage points)",
     )  # fmt: skip
     first = next(iter(evaluations.values()))
     examples = plots.corruption_examples(first.arrays["examples"], evaluator.corruptions, evaluator.severities)
