@@ -14,8 +14,8 @@ from rich.console import Console
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
-from trainer.config import EncoderConfig, recipe
 from trainer.attribution_maps import Coverage
+from trainer.config import EncoderConfig, recipe
 from trainer.encoder import Encoder
 from trainer.evaluate import EvaluateConfig, build_model, evaluate, measure
 from trainer.evaluators import BootstrapConfig, FeatureModel, OpenSet, Subject

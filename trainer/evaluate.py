@@ -27,8 +27,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
-from trainer.config import TrainConfig, recipe
 from trainer.attribution_maps import Coverage
+from trainer.config import TrainConfig, recipe
 from trainer.detectors import DetectorName
 from trainer.encoder import Encoder
 from trainer.evaluators import (

@@ -15,8 +15,8 @@ from importlib import resources
 from typing import Any, Literal
 
 from data_pipeline.errors import unknown_name
-from trainer.config import Architecture, MixingConfig, TrainConfig, recipe
 from trainer.attribution_maps import Coverage
+from trainer.config import Architecture, MixingConfig, TrainConfig, recipe
 from trainer.evaluators import (
     BootstrapConfig,
     ClosedSet,

@@ -41,8 +41,8 @@ from data_pipeline.protocols import Protocol, split_count
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint, plots
-from trainer.config import TrackingConfig, TrainConfig
 from trainer.attribution_maps import Coverage
+from trainer.config import TrackingConfig, TrainConfig
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
 from trainer.engine import join_ranks
