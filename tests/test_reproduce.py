@@ -16,10 +16,11 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from data_pipeline.protocols import protocol_names, split_count
 from trainer import reproduce as module
+from trainer.config import recipe
 from trainer.evaluators import BootstrapConfig, ClosedSet
 from trainer.experiments import EXPERIMENTS, Measure, experiment, published
 from trainer.registry import OpenSetModel
-from trainer.reproduce import BUDGETS, ReproduceConfig, plan, reproduce, table_of
+from trainer.reproduce import BUDGETS, Budget, ReproduceConfig, plan, reproduce, table_of
 
 DIGITS = "digits-0-16px-raw-600images"
 
@@ -52,7 +53,7 @@ def test_every_cell_of_every_experiment_is_a_configuration(name, budget):
     for cell in cells:
         assert cell.config.protocol == cell.protocol.name and cell.config.split == cell.protocol.split
         limit = BUDGETS[budget]
-        assert limit.epochs is None or cell.config.epochs <= limit.epochs
+        assert limit.epochs is None or cell.config.total_epochs <= limit.epochs
     assert {variant.name for variant in chosen.variants} == {row.variant for row in chosen.rows}
 
 
@@ -100,8 +101,64 @@ def test_a_budget_limits_and_never_raises():
     assert config.optimizer.warmup_epochs == pytest.approx(20 / 30)
     mnist = BUDGETS["short"].applied(experiment("table2").variants[0].config("mnist"))
     assert mnist.epochs == 10
+    assert mnist.phases == ()
     whole = experiment("table2").variants[0].config("cifar10")
     assert BUDGETS["full"].applied(whole) == whole
+
+
+@pytest.mark.parametrize(
+    ("phases", "limit", "expected"),
+    [
+        (("600:0:1", "10:1:1.2"), None, ("600:0:1", "10:1:1.2")),
+        (("600:0:1", "10:1:1.2"), 700, ("600:0:1", "10:1:1.2")),
+        (("600:0:1", "10:1:1.2"), 20, ("19:0:1", "1:1:1.2")),
+        (("600:0:1", "10:1:1.2"), 2, ("1:0:1", "1:1:1.2")),
+        (("3:1:0", "90:0:1", "7:1:1"), 50, ("1:1:0", "46:0:1", "3:1:1")),
+        (("1:1:0", "1:0:1"), 1, ("1:1:0", "1:0:1")),
+        ((), 5, ()),
+    ],
+)
+def test_a_budget_keeps_the_proportions_of_phases(phases, limit, expected):
+    config = dataclasses.replace(recipe("cifar10"), phases=phases)
+    applied = Budget(epochs=limit).applied(config)
+    assert applied.phases == expected
+    assert applied.total_epochs == (sum(int(text.split(":")[0]) for text in expected) or limit)
+
+
+def test_cifar_runs_have_the_published_phases_and_the_table_says_how_long_each_was_trained():
+    cells = plan(ReproduceConfig(experiment="table2", protocols=("mnist", "cifar10", "cifar+10"), splits=(0,)))
+    phased = {(c.variant.name, c.protocol.name) for c in cells if c.config.phases == ("600:0:1", "10:1:1.2")}
+    assert phased == {(v, p) for v in ("gradmix", "supcon+simclr") for p in ("cifar10", "cifar+10")}
+    lengths = {(c.variant.name, c.protocol.name): c.config.total_epochs for c in cells}
+    assert (
+        lengths["gradmix", "cifar10"] == 610 and lengths["cross_entropy", "mnist"] == lengths["arpl", "cifar10"] == 600
+    )
+    lines = module.schedules(cells)
+    assert (
+        "Trained for 600 epochs of θ = 0, λ = 1, then 10 epochs of θ = 1, λ = 1.2: gradmix, supcon+simclr on cifar10, "
+        "cifar+10." in lines
+    )
+    assert "Trained for 600 epochs: cross_entropy, arpl on mnist, cifar10, cifar+10." in lines
+    assert "Trained for 10 epochs of θ = 1, λ = 3: gradmix, supcon+simclr on mnist." in lines
+    assert any("in place of RandAugment" in line for line in lines)
+    said = module.schedules(plan(ReproduceConfig(experiment="table1", protocols=("tinyimagenet",))))
+    assert any("800 for some" in line for line in said) and not any("RandAugment" in line for line in said)
+    # Rows of one picture differ in the mixing alone.
+    for name in ("figure2", "figure3", "beyond"):
+        cells = plan(ReproduceConfig(experiment=name, protocols=("cifar10",), splits=(0,), seeds=(0,)))
+        assert {cell.config.phases for cell in cells} == {("600:0:1", "10:1:1.2")}
+
+
+def test_what_is_named_twice_is_run_once():
+    once = ReproduceConfig(experiment="table2", protocols=("mnist",), splits=(0, 1), seeds=(3,), variants=("arpl",))
+    twice = ReproduceConfig(
+        experiment="table2",
+        protocols=("mnist", "mnist"),
+        splits=(0, 1, 0),
+        seeds=(3, 3),
+        variants=("arpl", "arpl"),
+    )
+    assert twice == once and [cell.name for cell in plan(twice)] == [cell.name for cell in plan(once)]
 
 
 def test_a_budget_limits_the_images_of_what_takes_long_alone():

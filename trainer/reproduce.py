@@ -41,7 +41,7 @@ from data_pipeline.protocols import Protocol, split_count
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint, plots
-from trainer.config import TrackingConfig, TrainConfig
+from trainer.config import Phase, TrackingConfig, TrainConfig
 from trainer.coverage import Coverage
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
@@ -50,6 +50,7 @@ from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.experiments import (
     ALIASES,
     EXPERIMENTS,
+    REMARKS,
     Column,
     Measure,
     Row,
@@ -72,7 +73,7 @@ _WIDTH = 140
 
 
 class Budget(NamedTuple):
-    """What a cell may cost at most; None: as published."""
+    """What a cell may cost at most; None: no limit."""
 
     epochs: int | None = None
     images: int | None = None
@@ -83,11 +84,15 @@ class Budget(NamedTuple):
 
     def applied(self, config: TrainConfig) -> TrainConfig:
         """`config` within this budget; a warm-up keeps its share of the epochs."""
-        epochs = _least(self.epochs, config.epochs)
-        warmup = config.optimizer.warmup_epochs * epochs / config.epochs
+        phases = scaled([Phase.parse(text) for text in config.phases], self.epochs)
+        # Phases replace the epochs.
+        epochs = config.epochs if phases else _least(self.epochs, config.epochs)
+        share = (sum(phase.epochs for phase in phases) or epochs) / config.total_epochs
+        warmup = config.optimizer.warmup_epochs * share
         return dataclasses.replace(
             config,
             epochs=epochs,
+            phases=tuple(map(str, phases)),
             batch_size=_least(self.batch_size, config.batch_size),
             encoder=dataclasses.replace(config.encoder, width=_least(self.width, config.encoder.width)),
             optimizer=dataclasses.replace(config.optimizer, warmup_epochs=warmup),
@@ -117,7 +122,7 @@ class Budget(NamedTuple):
             f"{self.tested} test images for what takes long": self.tested,
         }
         said = [text for text, limit in limits.items() if limit is not None]
-        return f"at most {', '.join(said)}" if said else "as published"
+        return f"at most {', '.join(said)}" if said else "nothing is cut short"
 
 
 BUDGETS = {
@@ -125,6 +130,18 @@ BUDGETS = {
     "short": Budget(epochs=20, images=5000, width=16, batch_size=64, tested=1000),
     "full": Budget(),
 }
+
+
+def scaled(phases: Sequence[Phase], limit: int | None) -> list[Phase]:
+    """The phases in their proportions within `limit` epochs, each of 1 epoch at least."""
+    total = sum(phase.epochs for phase in phases)
+    if limit is None or total <= limit:
+        return list(phases)
+    epochs = [max(phase.epochs * limit // total, 1) for phase in phases]
+    # What rounding left over, or took too much, is the longest phase's.
+    longest = epochs.index(max(epochs))
+    epochs[longest] = max(epochs[longest] + limit - sum(epochs), 1)
+    return [dataclasses.replace(phase, epochs=number) for phase, number in zip(phases, epochs)]
 
 
 def _least(limit: int | None, value: int) -> int:
@@ -146,7 +163,8 @@ class ReproduceConfig:
     variants: tuple[str, ...] = ()
     """Which of the experiment's ways to train, as --dry-run lists them. Default: all."""
     budget: Literal["smoke", "short", "full"] = "full"
-    """smoke: does it run at all; short: 5,000 images, 20 epochs, a quarter of the width; full: as published."""
+    """smoke: does it run at all; short: 5,000 images, 20 epochs, a quarter of the width; full: nothing is cut short.
+    The table says how long each row was trained, and where the paper leaves that open."""
     data: Path = Path("data")
     """Data folder; what is not built yet is built there."""
     source: str | None = None
@@ -170,6 +188,9 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "experiment", ALIASES.get(self.experiment, self.experiment))
         experiment(self.experiment)
+        for name in ("protocols", "splits", "seeds", "variants"):
+            # A value given twice is one run, not two.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for name in self.protocols:
             split_count(name)
         known = [variant.name for variant in experiment(self.experiment).variants]
@@ -233,8 +254,10 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                     trained = budget.applied(variant.config(name))
                     stretches = max(each.course for each in variant.measures.values())
                     if stretches:
-                        every = max(trained.epochs // stretches, 1)
-                        trained = dataclasses.replace(trained, checkpoint_every=every, keep_checkpoints=trained.epochs)
+                        every = max(trained.total_epochs // stretches, 1)
+                        trained = dataclasses.replace(
+                            trained, checkpoint_every=every, keep_checkpoints=trained.total_epochs
+                        )
                     trained = dataclasses.replace(
                         trained,
                         split=split,
@@ -536,7 +559,7 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
         "published: what the paper prints.",
         columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
-        notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
+        notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes, *schedules(cells)),
         figures=pictures(config.experiment, cells),
         facts={
             "command": config.command,
@@ -546,6 +569,34 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
         },
     )
+
+
+def schedules(cells: Sequence[Cell]) -> list[str]:
+    """How long, and with which weights, the variants are trained on each protocol, and what is known to differ."""
+    trained: dict[str, dict[str, list[str]]] = {}
+    for cell in cells:
+        variants = trained.setdefault(schedule_text(cell.config), {}).setdefault(cell.protocol.name, [])
+        if cell.variant.name not in variants:
+            variants.append(cell.variant.name)
+    lines = []
+    for text, protocols in trained.items():
+        # Protocols whose variants are the same are named together.
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for protocol, variants in protocols.items():
+            groups.setdefault(tuple(variants), []).append(protocol)
+        who = "; ".join(f"{', '.join(variants)} on {', '.join(names)}" for variants, names in groups.items())
+        lines.append(f"Trained for {text}: {who}.")
+    configs = [cell.config for cell in cells]
+    return lines + [remark for applies, remark in REMARKS if any(map(applies, configs))]
+
+
+def schedule_text(config: TrainConfig) -> str:
+    """The epochs of each stretch, with θ and λ where the objective has them."""
+    stretches = []
+    for epochs, objective in config.schedule:
+        weights = f" of θ = {objective.theta:g}, λ = {objective.lam:g}" if hasattr(objective, "theta") else ""
+        stretches.append(f"{epochs} {'epoch' if epochs == 1 else 'epochs'}{weights}")
+    return ", then ".join(stretches)
 
 
 def cells_of(row: Row, protocol: str, cells: Sequence[Cell]) -> list[Cell]:
