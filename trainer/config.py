@@ -320,7 +320,8 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0
     """Write one also when the last is so many minutes old, at a reading of the losses; above 0."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep; 1 or more."""
+    """How many checkpoints at ends of epochs to keep, the newest ones; 1 or more. Of those within one, what is
+    among the newest two is kept."""
     log_every: int = 10
     """Read the losses from the device every so many steps; 1 or more. Several ranks notice a request to stop then."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -12,14 +12,17 @@ unfinished one resumes from its checkpoint, a failed one is tried again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import re
 import statistics
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -45,8 +48,16 @@ from trainer.config import Phase, TrackingConfig, TrainConfig
 from trainer.coverage import Coverage
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
-from trainer.engine import join_ranks
-from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
+from trainer.engine import join_ranks, read_deepspeed_config
+from trainer.evaluators import (
+    Evaluation,
+    Evaluator,
+    FeatureModel,
+    Features,
+    OpenSet,
+    OutOfDistribution,
+    Subject,
+)
 from trainer.experiments import (
     ALIASES,
     EXPERIMENTS,
@@ -62,6 +73,16 @@ from trainer.presentation import present
 from trainer.registry import OpenSetModel
 from trainer.report import Number, TableResult, provenance, write_report
 from trainer.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.tracking import (
+    JournalTracker,
+    Link,
+    check_store,
+    deliver,
+    discard_journal,
+    resolve_uri,
+    went_through,
+    without_password,
+)
 from trainer.train import train
 
 if TYPE_CHECKING:
@@ -227,14 +248,30 @@ class Cell:
     @property
     def request(self) -> dict[str, Any]:
         """What decides its numbers; a cell with other ones is computed again."""
-        measures = {name: repr(measure) for name, measure in self.variant.measures.items()}
-        return {"training": self.config.identity, "measures": measures, "split_hash": self.protocol.split_hash}
+        deepspeed = self.config.deepspeed_config
+        return {
+            "training": self.config.identity,
+            "deepspeed": deepspeed and hashlib.sha256(deepspeed.read_bytes()).hexdigest(),
+            "measures": {name: repr(measure) for name, measure in self.variant.measures.items()},
+            "split_hash": self.protocol.split_hash,
+        }
 
     def record(self) -> dict[str, Any] | None:
-        """Its numbers, if they were found earlier."""
-        path = self.config.folder / "evaluation.json"
-        record = read_json(path, "evaluation") if path.is_file() else None
-        return record if record and record.get("request") == self.request else None
+        """Its numbers, if they were found earlier and all that they were found with is there, whole."""
+        folder = self.config.folder
+        try:
+            record = read_json(folder / "evaluation.json", "evaluation")
+        except InputError:
+            return None
+        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(folder / "arrays.npz")
+        return record if whole and record["request"] == self.request else None
+
+
+_RECORDED = {
+    "request", "numbers", "intervals", "epochs", "train_images", "test_images", "train_seconds", "commit", "hardware",
+    "versions",
+}  # fmt: skip
+"""What a finished cell's `evaluation.json` says."""
 
 
 def plan(config: ReproduceConfig) -> list[Cell]:
@@ -279,6 +316,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         InputError: a cell failed; all others were computed, and the table is written without it.
     """
     device = join_ranks()
+    read_deepspeed_config(config.deepspeed_config, device)  # says what is wrong with it before anything is done
     cells = plan(config)
     missing = from_first_rank(lambda: {cell.name for cell in cells if config.restart or cell.record() is None})
     todo = [cell for cell in cells if cell.name in missing]
@@ -287,11 +325,16 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         return None
     run = opened(config, console)
     data = Data(config, device, console)
-    failed = []
+    failed, tracking = [], config.tracking
     for number, cell in enumerate(todo, 1):
-        run.log(f"[{number}/{len(todo)}] {cell.name}")
+        tracking = from_first_rank(partial(answering, tracking, run))
+        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking))
+        run.log(f"[{number}/{len(todo)}] {cell.name}, {config.budget} budget")
         try:
             found = compute(config.experiment, cell, data.of(cell.protocol), console)
+        except cli.Preempted:
+            run.log(f"stopped by the system in {cell.name}: the same command goes on there")
+            raise
         except InputError as error:
             failed.append(f"{cell.name}: {error}")
         except Exception as error:
@@ -301,16 +344,60 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
         else:
-            run.log(found)
+            run.log(f"{found} ({config.budget} budget)")
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
             continue
         run.log(f"failed, going on with the next: {failed[-1]}")
     result = from_first_rank(lambda: write_tables(config, cells, failed, console))
+    if not config.tracking.offline:
+        from_first_rank(lambda: record_table(config, result, run))
     if failed:
         raise InputError(
             f"{len(failed)} of {len(cells)} cells failed; the same command tries them again. First: {failed[0]}"
         )
     return result
+
+
+def answering(tracking: TrackingConfig, run: RunFolder | NullRunFolder) -> TrackingConfig:
+    """`tracking`, from here on offline if its store does not answer: what is computed is worth more than where it is
+    recorded, and can be delivered later."""
+    if not tracking.offline:
+        try:
+            check_store(resolve_uri(tracking.uri))
+        except InputError as error:
+            run.log(f"going on without MLflow; python -m trainer.tracking sync {run.path}/* delivers later ({error})")
+            return dataclasses.replace(tracking, offline=True)
+    return tracking
+
+
+def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -> None:
+    """The table as an MLflow run, its numbers as metrics at the step of how many cells are finished, its files as
+    artifacts. The same table goes to the same run again."""
+    uri, experiment_name = resolve_uri(config.tracking.uri), config.tracking.experiment
+    if config.restart:
+        discard_journal(run.path)
+    link = Link.open(run.path, uri=uri, experiment=experiment_name)
+    link.replaced(run_name=f"{config.experiment}-{config.budget}").save(run.path)
+    tracker = JournalTracker(run.path, uri=uri, experiment=experiment_name, offline=True)
+    numbers = {}
+    for label, protocol, *values in result.rows:
+        for title, value in zip(result.columns[2:], values):
+            if isinstance(value, Number) and value.value is not None:
+                # MLflow takes no other characters.
+                numbers[re.sub(r"[^\w\-. /]", "-", f"{protocol}/{label}/{title}")] = value.value
+    if numbers:
+        finished = int(result.facts["cells"].split()[0])
+        tracker.log(numbers, step=finished)
+    tracker.close("FINISHED")
+    delivered = answering(config.tracking, NullRunFolder(run.path)) == config.tracking and went_through(
+        lambda: deliver(run.path)
+    )
+    run.log(
+        f"recorded in {without_password(uri)}, experiment {experiment_name}"
+        if delivered
+        else f"MLflow at {without_password(uri)} did not take the table: python -m trainer.tracking sync {run.path} "
+        "delivers it later"
+    )
 
 
 def opened(config: ReproduceConfig, console: Console) -> RunFolder | NullRunFolder:
@@ -470,29 +557,41 @@ def measure(cell: Cell, partitions: Partitions) -> None:
     with replacing(folder / "arrays.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, **found.arrays)
     trained, asked = read_json(folder / "metrics.json", "metrics"), read_json(folder / "config.json", "configuration")
-    tested = [partitions.build.record(name).count for name in ("test_known", "test_unknown") if name in partitions]
     record = {
         "request": cell.request,
         "numbers": found.numbers,
         "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],
-        "test_images": sum(tested),
+        "test_images": {name: tested(each.evaluator, partitions) for name, each in cell.variant.measures.items()},
         "train_seconds": trained["train_seconds"],
         "commit": asked["commit"] or "not in a checkout",
         "hardware": provenance()["hardware"],
         "versions": provenance()["versions"],
     }
     write_json(folder / "evaluation.json", record)
+    # The model is kept; the states on the way to it, with the optimizer's memory, have served.
+    checkpoint.discard(folder)
+
+
+def tested(evaluator: Evaluator, partitions: Partitions) -> int:
+    """How many test images the evaluator measures: those of unknown classes too where it tells them from the known, and
+    of each kind as many as it is limited to."""
+    both = isinstance(evaluator, (OpenSet, OutOfDistribution, AdversarialAttacks))
+    names = ("test_known", "test_unknown") if both else ("test_known",)
+    most = getattr(evaluator, "max_images", None)
+    return sum(_least(most, partitions.build.record(name).count) for name in names if name in partitions)
 
 
 def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
     """What the evaluator finds at the checkpoints that were kept: arrays course/epoch (T,) and course/NUMBER (T,)."""
-    rows = []
+    rows: list[dict[str, float]] = []
     for epoch, weights in checkpoint.encoders(cell.config.folder).items():
         load_encoder(model.encoder, weights)
         numbers = wanted.evaluator(Subject(FeatureModel.of(model, wanted.features), partitions)).numbers
         rows.append({"epoch": epoch, **numbers})
+    if not rows:
+        raise InputError(f"{cell.config.folder} was measured before, and its checkpoints are gone: add --restart")
     load_encoder(model.encoder, cell.config.folder / "model" / "encoder.safetensors")
     return Evaluation({}, arrays={f"course/{name}": np.array([row[name] for row in rows]) for name in rows[0]})
 
@@ -532,7 +631,8 @@ def write_tables(
 def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[str] = ()) -> TableResult:
     """Every row of every protocol: those that are published only, in the paper's order, then those that are measured.
 
-    A number is the mean over splits and seeds, its spread their standard deviation.
+    A number is the mean over splits and seeds, its spread their standard deviation. What is measured names its budget
+    wherever it may be read alone: in the title, in each row, in the pictures.
     """
     chosen, figures = experiment(config.experiment), published(config.experiment)
     theirs = [label for label in figures["rows"] if label not in {row.label for row in chosen.rows}]
@@ -542,33 +642,48 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             paper = figures["rows"][label].get(protocol)
             if paper is not None:
                 found = [Number(value=None, published=paper.get(column.number)) for column in chosen.columns]
-                lines.append((label, protocol, *found, None, None, None, None))
+                lines.append((label, protocol, *found, None, None, None, None, None))
         for row in chosen.rows:
             own = cells_of(row, protocol, cells)
             if own:
                 paper = figures["rows"].get(row.label, {}).get(protocol, {})
                 found = [number_of(column, row, own, paper) for column in chosen.columns]
-                lines.append((row.label, protocol, *found, *effort(own)))
+                lines.append((row.label, protocol, *found, config.budget, *effort(own)))
     marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
     done = [record for record in (cell.record() for cell in cells) if record]
-    tested = {cell.protocol.name: cell.record()["test_images"] for cell in cells if cell.record()}
+    tested: dict[str, dict[str, int]] = {}
+    for cell, record in ((cell, cell.record()) for cell in cells):
+        if record:
+            tested.setdefault(cell.protocol.name, {}).update(record["test_images"])
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
-        title=chosen.title,
+        title=f"{chosen.title} ({config.budget} budget)",
         caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
         "published: what the paper prints.",
-        columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
+        columns=("row", "protocol", *units, "budget", "runs", "train images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
-        notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes, *schedules(cells)),
-        figures=pictures(config.experiment, cells),
+        notes=(
+            *(f"* {label}: {mark}." for label, mark in marks.items()),
+            *chosen.notes,
+            *intervals_note(lines),
+            *schedules(cells),
+        ),
+        figures=pictures(config.experiment, config.budget, cells),
         facts={
             "command": config.command,
-            "test images": ", ".join(f"{name} {count:,}" for name, count in tested.items()) or NONE,
+            "test images": "; ".join(f"{name} {counted(by)}" for name, by in tested.items()) or NONE,
             "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
             **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
         },
     )
+
+
+def counted(images: Mapping[str, int]) -> str:
+    """How many test images each measure had; one number where all had as many."""
+    if len(set(images.values())) == 1:
+        return f"{next(iter(images.values())):,}"
+    return ", ".join(f"{count:,} ({measure})" for measure, count in images.items())
 
 
 def schedules(cells: Sequence[Cell]) -> list[str]:
@@ -599,17 +714,35 @@ def schedule_text(config: TrainConfig) -> str:
     return ", then ".join(stretches)
 
 
+def intervals_note(lines: Sequence[Sequence[Any]]) -> list[str]:
+    """What the intervals are, if there are any."""
+    if not any(cell.interval for line in lines for cell in line if isinstance(cell, Number)):
+        return []
+    return [
+        "± is the standard deviation over runs. The interval below a number is of drawing the test images anew: of one "
+        "run its 95 % bootstrap interval, of several their mean more and less the mean half-width of their intervals."
+    ]
+
+
 def cells_of(row: Row, protocol: str, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if (cell.variant.name, cell.protocol.name) == (row.variant, protocol)]
 
 
 def number_of(column: Column, row: Row, cells: Sequence[Cell], paper: Mapping[str, float]) -> Number:
-    """Mean and spread of what a row's cells measured, a single one's confidence interval, and what the paper prints."""
+    """Mean and spread of what a row's cells measured, its interval, and what the paper prints.
+
+    The interval of a single cell is its own; of several, the mean more and less the mean half-width of theirs.
+    """
     name, scale = column.of(row), 100.0 if column.percent else 1.0
     records = [record for record in (cell.record() for cell in cells) if record]
     values = [scale * record["numbers"][name] for record in records]
-    interval = records[0]["intervals"].get(name) if len(records) == 1 else None
-    low, high = (scale * end for end in interval) if interval else (None, None)
+    low = high = None
+    intervals = [record["intervals"][name] for record in records if name in record["intervals"]]
+    if len(intervals) == 1 == len(records):
+        low, high = (scale * end for end in intervals[0])
+    elif intervals:
+        half = statistics.fmean(scale * (high - low) / 2 for low, high in intervals)
+        low, high = statistics.fmean(values) - half, statistics.fmean(values) + half
     return Number(
         value=statistics.fmean(values) if values else None,
         spread=statistics.stdev(values) if len(values) > 1 else None,
@@ -630,7 +763,7 @@ def effort(cells: Sequence[Cell]) -> list[str | None]:
     return [runs, " or ".join(images), str(records[0]["epochs"]), duration(seconds)]
 
 
-def pictures(name: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+def pictures(name: str, budget: str, cells: Sequence[Cell]) -> dict[str, Figure]:
     """For each protocol: the first column as bars, what each kind of evaluator has to show of one cell of each row, and
     the course of training."""
     chosen, drawn = experiment(name), {}
@@ -638,11 +771,30 @@ def pictures(name: str, cells: Sequence[Cell]) -> dict[str, Figure]:
         rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
         if rows:
             bars = bar_figure(name, rows, protocol, cells)
+            bars.suptitle(f"mean over runs, {budget} budget", fontsize=9, color="#555555")
             others = {column.measure for column in chosen.columns} - {None}
-            found = evaluator_figures(rows, others, protocol, cells)
-            shown = {"bars": bars, **found, **course_figures(rows, protocol, cells)}
-            drawn |= {f"{protocol.replace('+', '-')}_{title}": figure for title, figure in shown.items()}
+            run, shown = same_run(rows, protocol, cells)
+            found = {**evaluator_figures(shown, others), **course_figures(shown)}
+            for figure in found.values():
+                figure.suptitle(f"{protocol}, {run}, {budget} budget", fontsize=9, color="#555555")
+            drawn |= {
+                f"{protocol.replace('+', '-')}_{title}": figure for title, figure in {"bars": bars, **found}.items()
+            }
     return drawn
+
+
+def same_run(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> tuple[str, dict[Row, Cell]]:
+    """The split and seed that most of the rows have finished, the first of several, and their cells of it. Rows beside
+    each other in one picture are of the same images and start from the same random numbers."""
+    runs: dict[tuple[int, int], dict[Row, Cell]] = {}
+    for row in rows:
+        for cell in cells_of(row, protocol, cells):
+            if cell.record():
+                runs.setdefault((cell.config.split, cell.config.seed), {})[row] = cell
+    # In the plan's order, whichever row came first.
+    planned = dict.fromkeys((cell.config.split, cell.config.seed) for cell in cells)
+    split, seed = max((run for run in planned if run in runs), key=lambda run: len(runs[run]))
+    return f"split {split}, seed {seed}", runs[split, seed]
 
 
 def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
@@ -662,17 +814,16 @@ def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Ce
     )
 
 
-def evaluator_figures(rows: Sequence[Row], others: set[str], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+def evaluator_figures(shown: Mapping[Row, Cell], others: set[str]) -> dict[str, Figure]:
     """The rows side by side, one cell of each, by their own measure and by `others`; those of one kind share their
     pictures."""
     kinds: dict[type, dict[str, Evaluation]] = {}
     evaluators = {}
-    for row in rows:
-        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
+    for row, cell in shown.items():
         for name in {row.measure: None, **dict.fromkeys(others)}:
-            evaluator = first.variant.measures[name].evaluator
+            evaluator = cell.variant.measures[name].evaluator
             evaluators.setdefault(type(evaluator), evaluator)
-            kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(first, name)
+            kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(cell, name)
     figures = {}
     for kind, evaluations in kinds.items():
         for title, figure in present(evaluators[kind], evaluations).figures.items():
@@ -690,12 +841,11 @@ def evaluation_of(cell: Cell, measure_name: str) -> Evaluation:
     return Evaluation({n.removeprefix(prefix): v for n, v in numbers.items() if n.startswith(prefix)}, arrays=arrays)
 
 
-def course_figures(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+def course_figures(shown: Mapping[Row, Cell]) -> dict[str, Figure]:
     courses: dict[str, dict[str, list[float]]] = {}
     epochs: list[float] = []
-    for row in rows:
-        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
-        arrays = evaluation_of(first, row.measure).arrays
+    for row, cell in shown.items():
+        arrays = evaluation_of(cell, row.measure).arrays
         for name in arrays:
             if name.startswith("course/") and name != "course/epoch":
                 epochs = arrays["course/epoch"].tolist()
