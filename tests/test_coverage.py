@@ -68,11 +68,12 @@ def test_the_evaluator_averages_over_whole_batches():
     assert result.arrays["images"].shape == (3, 8, 8, 3) and result.arrays["maps"].shape == (3, 8, 8)
     np.testing.assert_array_equal(result.arrays["maps"], maps[:3])
     assert (np.diff(result.arrays["activated_share"]) <= 0).all()
+    assert result.tested == 24  # three whole batches
 
 
 def test_fewer_images_than_a_batch():
     result = Coverage(max_images=5)(Subject(colour_model(), colour_data()))
-    assert result.arrays["images"].shape[0] == 5 and 0 <= result.numbers["activated_share"] <= 1
+    assert result.arrays["images"].shape[0] == result.tested == 5 and 0 <= result.numbers["activated_share"] <= 1
 
 
 def test_a_model_of_this_project():

@@ -91,11 +91,11 @@ def test_every_task_leaves_numbers_pictures_and_a_report(task, models, partition
     assert numbers <= result.keys() and result["compared"].keys() == {"theirs"}
     assert json.loads((config.folder / "metrics.json").read_text()) == json.loads(json.dumps(result))
     page = (config.folder / "report.html").read_text("utf-8")
-    for text in ("ours", "theirs", "digits, split 0"):
+    for text in ("ours", "theirs", "digits, split 0", "Measured on"):
         assert text in page and text in out.getvalue()
     found = {path.stem for path in (config.folder / "figures").glob("*.png")} if figures else set()
-    both = {f"{name}_{number}" for name in figures & {"scores", "fit"} for number in (1, 2)}
-    assert found == (figures - {"scores", "fit"}) | both
+    both = {f"{name}_{number}" for name in figures & {"fit"} for number in (1, 2)}
+    assert found == (figures - {"fit"}) | both
     record = json.loads((config.folder / "config.json").read_text())
     assert record["config"]["task"] == task and record["split_hash"] == digits.protocol.split_hash
     assert not (config.folder / "mlflow.json").exists()

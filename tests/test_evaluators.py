@@ -173,7 +173,7 @@ class TestEvaluators:
         assert result.intervals.keys() == result.numbers.keys() and result.intervals["auroc"] == (1.0, 1.0, 0.0)
         np.testing.assert_allclose(result.arrays["known_scores"], known)
         np.testing.assert_allclose(result.arrays["unknown_scores"], unknown)
-        assert result.arrays["known_correct"].all()
+        assert result.arrays["known_correct"].all() and result.tested == 31 + 40
 
     def test_wrong_classes_cost_accuracy_and_oscr_but_not_auroc(self):
         data = colour_data()
@@ -193,14 +193,18 @@ class TestEvaluators:
             for name in ("test_known", "test_unknown")
         )
         assert result.numbers == pytest.approx(detection_metrics(known, unknown))
-        assert result.intervals.keys() == {"auroc"}
+        assert result.intervals.keys() == {"auroc"} and result.tested == 71
 
     def test_detectors(self, subject):
         result = Detectors(names=("max_logit", "knn"), bootstrap=FEW)(subject)
         alone = OutOfDistribution(detector="knn", bootstrap=FEW)(subject)
         assert result.numbers["knn/tnr_at_95_tpr"] == alone.numbers["tnr_at_95_tpr"]
         assert result.intervals["knn/auroc"] == alone.intervals["auroc"]
-        assert result.numbers["max_logit/auroc"] == 1.0 and result.numbers["closed_set_accuracy"] == 1.0
+        assert (
+            result.tested == 71
+            and result.numbers["max_logit/auroc"] == 1.0
+            and result.numbers["closed_set_accuracy"] == 1.0
+        )
         assert set(result.arrays) == {
             "max_logit/known_scores", "max_logit/unknown_scores", "knn/known_scores", "knn/unknown_scores",
             "known_correct",
@@ -227,15 +231,16 @@ class TestEvaluators:
         images[:, 0, :8, 0] = torch.arange(8, 0, -1, dtype=torch.uint8)
         data = {"test_known": type(colour_data()["train"])(images, torch.tensor([0, 4]), torch.arange(2))}
         model = FeatureModel(Squares(), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
-        numbers = ClosedSet(bootstrap=FEW)(Subject(model, data)).numbers
-        assert numbers == {"closed_set_accuracy": 0.5, "top5_accuracy": 1.0}
+        result = ClosedSet(bootstrap=FEW)(Subject(model, data))
+        assert result.numbers == {"closed_set_accuracy": 0.5, "top5_accuracy": 1.0} and result.tested == 2
 
     def test_intrinsic_dimension(self, subject):
         features = subject.outputs("train").features.numpy()
         result = IntrinsicDimension(partition="train")(subject)
         assert result.numbers == {"intrinsic_dimension": two_nn(features).dimension, "images": 60.0}
         assert len(result.arrays["log_ratio"]) == len(result.arrays["log_survival"]) == 54
-        assert IntrinsicDimension(max_images=20)(subject).numbers["images"] == 20.0
+        few = IntrinsicDimension(max_images=20)(subject)
+        assert few.numbers["images"] == few.tested == 20
 
     def test_a_collapsed_model_has_no_dimension(self):
         data = colour_data()
@@ -246,7 +251,7 @@ class TestEvaluators:
     def test_prefixed(self, subject):
         result = OpenSet(bootstrap=FEW)(subject).prefixed("a")
         assert set(result.numbers) == set(result.intervals) == {"a/auroc", "a/oscr", "a/closed_set_accuracy"}
-        assert "a/known_scores" in result.arrays
+        assert "a/known_scores" in result.arrays and result.tested == 71
 
     def test_bad_configurations(self):
         for make, message in (

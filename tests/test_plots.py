@@ -48,8 +48,31 @@ def test_long_curves_are_thinned_but_keep_their_ends():
     assert (line.get_xdata()[[0, -1]] == [0, 100]).all() and (line.get_ydata()[[0, -1]] == [0, 100]).all()
 
 
-def test_bars_error_bars_and_published_values():
-    figure = plots.grouped_bars(
+@pytest.mark.parametrize("draw", [plots.roc_curves, plots.oscr_curves])
+def test_a_dozen_curves_all_look_different(draw):
+    curve = roc_curve(KNOWN, UNKNOWN)
+    figure = draw({f"method {number}": curve for number in range(12)})
+    lines = figure.axes[0].lines[-12:]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+    assert figure.axes[0].get_legend() is None and len(figure.legends[0].get_texts()) == 12
+
+
+@pytest.mark.parametrize("draw", [plots.grouped_bars, plots.grouped_points])
+def test_a_dozen_series_all_look_different(draw):
+    figure = draw(["a", "b"], {f"method {number}": [1.0, 2.0] for number in range(12)}, title="t")
+    drawn = [container[0] for container in figure.axes[0].containers]
+    looks = {
+        (each.get_facecolor(), each.get_hatch())
+        if draw is plots.grouped_bars
+        else (each.get_color(), each.get_marker())
+        for each in drawn
+    }
+    assert len(looks) == len(drawn) == 12
+
+
+@pytest.mark.parametrize("draw", [plots.grouped_bars, plots.grouped_points])
+def test_groups_error_bars_and_published_values(draw):
+    figure = draw(
         ["none", "cut_mix"],
         {"CIFAR10": [85.0, 87.0], "TinyImageNet": [77.0, 78.5]},
         errors={"CIFAR10": [(84.0, 85.5), None]},
@@ -57,17 +80,29 @@ def test_bars_error_bars_and_published_values():
         title="Ablation",
     )
     axes = figure.axes[0]
-    assert [patch.get_height() for patch in axes.patches] == [85.0, 87.0, 77.0, 78.5]
+    bars = draw is plots.grouped_bars
+    points = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() in "os"]
+    assert [patch.get_height() for patch in axes.patches] == ([85.0, 87.0, 77.0, 78.5] if bars else [])
+    assert points == ([] if bars else [[85.0, 87.0], [77.0, 78.5]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "cut mix"]
     segments = [path.tolist() for collection in axes.collections for path in collection.get_segments()]
     ends = {tuple(point[1] for point in segment) for segment in segments}
     assert ends == {(84.0, 85.5), (87.0, 87.0), (88.0, 88.0)}
     low, high = axes.get_ylim()
-    assert 0 < low < 77 and high > 88
+    assert (low == 0 if bars else 70 < low < 77) and 88 < high < (102 if bars else 92)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "CIFAR10", "TinyImageNet"]
-    bars = plots.grouped_bars(["a"], {"x": [5.0]}, title="t", zero=True).axes[0]
-    assert bars.get_ylim()[0] == 0
+
+
+def test_bars_below_0_and_points_close_together():
     assert plots.grouped_bars(["a"], {"x": [-5.0]}, title="t").axes[0].get_ylim()[0] < -5
+    low, high = plots.grouped_bars(["a", "b"], {"x": [99.88, 99.84]}, title="t").axes[0].get_ylim()
+    assert low == 0 and high > 99.88
+    axes = plots.grouped_points(["a", "b"], {"x": [99.88, 99.84]}, title="t").axes[0]
+    low, high = axes.get_ylim()
+    assert 99.8 < low < 99.84 and 99.88 < high < 99.9
+    axes.figure.draw_without_rendering()
+    assert axes.yaxis.get_offset_text().get_text() == ""  # ticks are the values themselves
+    assert plots.grouped_points(["a"], {"x": [None]}, title="t").axes[0].get_ylim() == (-1, 1)
 
 
 def test_bars_that_are_missing():
@@ -108,6 +143,50 @@ def test_corruption_examples():
     assert len(figure.axes) == 8
     # Row by row: the second corruption's severity 3 is in the third row, second column.
     np.testing.assert_array_equal(figure.axes[5].get_images()[0].get_array(), examples[1, 2])
+
+
+def test_histograms_of_several_methods():
+    scores = {"a": (KNOWN, UNKNOWN), "b": (10 * KNOWN[:50], UNKNOWN), "c": (KNOWN, UNKNOWN[:1])}
+    figure = plots.score_histograms_figure(scores, title="t", note="budget smoke")
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        "a: 300 known, 200 unknown", "b: 50 known, 200 unknown", "c: 300 known, 1 unknown",
+    ]  # fmt: skip
+    for axes, (known, unknown) in zip(figure.axes, scores.values()):
+        heights = [patch.get_height() for patch in axes.patches]
+        edges = np.histogram_bin_edges(np.r_[known, unknown], 60)
+        expected = [100 * np.histogram(each, edges)[0] / len(each) for each in (unknown, known)]
+        np.testing.assert_allclose(heights, np.concatenate(expected))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["unknown", "known"]
+    assert figure.get_suptitle() == "t" and figure.get_supxlabel() == "budget smoke"
+    assert len(plots.score_histograms_figure({"a": (KNOWN, UNKNOWN)}).axes) == 1
+
+
+def test_a_note_is_part_of_every_picture():
+    curve = roc_curve(KNOWN, UNKNOWN)
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    figures = [
+        plots.score_histogram(KNOWN, UNKNOWN, note="budget smoke"),
+        plots.roc_curves({"a": curve}, note="budget smoke"),
+        plots.oscr_curves({"a": curve}, note="budget smoke"),
+        plots.grouped_bars(["a"], {"x": [1.0]}, title="t", note="budget smoke"),
+        plots.grouped_points(["a"], {"x": [1.0], "y": [2.0]}, title="t", note="budget smoke"),
+        plots.lines([1, 2], {"a": [1, 2]}, title="t", x_label="x", y_label="y", note="budget smoke"),
+        plots.two_nn_fit(np.array([0.1, 0.2]), np.array([0.3, 0.6]), 3.0, title="t", note="budget smoke"),
+        plots.attribution_grid(images, {}, note="budget smoke"),
+        plots.corruption_examples(images[None], ["fog"], [], note="budget smoke"),
+    ]
+    for figure in figures:
+        assert figure.get_supxlabel() == "budget smoke"
+        # It is drawn below everything else.
+        figure.draw_without_rendering()
+        note = figure._supxlabel.get_window_extent()
+        others = [axes.get_tightbbox().y0 for axes in figure.axes if axes.get_tightbbox() is not None]
+        others += [legend.get_window_extent().y0 for legend in figure.legends]
+        assert note.y0 >= 0 and note.y1 <= min(others) + 1
+    assert plots.with_note(figures[0], "").get_supxlabel() == ""
+    long = plots.with_note(figures[0], "budget " * 60)
+    long.draw_without_rendering()
+    assert long._supxlabel.get_window_extent().x1 <= long.bbox.x1
 
 
 def test_files(tmp_path):

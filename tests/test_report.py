@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from html.parser import HTMLParser
@@ -118,6 +119,22 @@ def test_markup_in_names_is_text():
     console.print(table.to_rich())
     text = console.export_text()
     assert "[bold]t" in text and "[red]a" in text and "[x]" in text and "[/y]" in text
+
+
+def test_the_budget_goes_where_the_numbers_go(result):
+    smoke = dataclasses.replace(result, budget="smoke")
+    html = to_html(smoke)
+    assert "<h1>Table 2 &amp; &lt;script&gt;alert(1)&lt;/script&gt; (budget smoke)</h1>" in html
+    assert html.count("(budget smoke)") == 2  # the page's title, too
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(smoke.to_rich())
+    assert "(budget smoke)" in " ".join(console.export_text().split()) and smoke.to_dict()["budget"] == "smoke"
+    rows = list(csv.reader(io.StringIO(smoke.to_csv())))
+    assert [row[-1] for row in rows] == ["budget", "smoke", "smoke"] and {len(row) for row in rows} == {8}
+    assert "budget" not in result.to_csv() and "budget" not in to_html(result)
+
+    column = TableResult(title="t", columns=("a", "budget"), rows=(("x", "short"),), budget="short")
+    assert column.to_csv() == "a,budget,budget interval,budget published\nx,short,,\n"
 
 
 def test_rows_have_to_fit():

@@ -48,7 +48,7 @@ class TestCommonCorruptions:
         low, high, deviation = result.intervals["accuracy_drop"]
         assert low <= expected["accuracy_drop"] <= high and deviation > 0
         np.testing.assert_allclose(result.arrays["accuracy"], expected["clean_accuracy"] - drops)
-        assert result.arrays["examples"].shape == (2, 3, 8, 8, 3)
+        assert result.arrays["examples"].shape == (2, 3, 8, 8, 3) and result.tested == 45
         np.testing.assert_array_equal(result.arrays["examples"][:, 0], images[[0, 0]])
         np.testing.assert_array_equal(
             result.arrays["examples"][1, 2], corrupt(images[:1], "gaussian_noise", 5, indices=[0], seed=3)[0]
@@ -56,7 +56,7 @@ class TestCommonCorruptions:
 
     def test_all_of_them(self):
         result = CommonCorruptions(bootstrap=BootstrapConfig(resamples=0))(Subject(colour_model(), colour_data()))
-        assert len(result.numbers) == 2 + 15 + 5 + 75 and result.intervals == {}
+        assert len(result.numbers) == 2 + 15 + 5 + 75 and result.intervals == {} and result.tested == 31
         assert result.arrays["corruptions"].tolist() == list(CORRUPTIONS)
         assert result.arrays["severities"].tolist() == list(SEVERITIES)
 
@@ -71,7 +71,7 @@ class TestCommonCorruptions:
         result = evaluator(Subject(colour_model(), colour_data(), classes=(4, 9, 7), class_names=("r", "g", "b")))
         assert result.numbers["accuracy/snow/1"] == 1.0 and result.numbers["accuracy/snow/2"] == 0.75
         assert result.numbers["accuracy_drop"] == 0.125
-        assert result.arrays["examples"].shape == (1, 3, 32, 32, 3)
+        assert result.arrays["examples"].shape == (1, 3, 32, 32, 3) and result.tested == 4
         with pytest.raises(InputError, match="class 5 is not in"):
             evaluator(Subject(colour_model(), colour_data(), classes=(4, 9, 5), class_names=("r", "g", "b")))
 
@@ -158,6 +158,7 @@ class TestAdversarialAttacks:
                 first.numbers[name] for name in (f"{attack}/auroc", f"{attack}/auroc_unknown_attacked", "clean/auroc")
             ]
             assert auroc[0] <= auroc[1] < auroc[2]
+        assert first.tested == 12 + 12
         assert first.arrays.keys() == {"epsilons", "accuracy/fgsm", "accuracy/pgd", "auroc/fgsm", "auroc/pgd"}
 
     def test_without_unknown_images(self):
@@ -165,7 +166,7 @@ class TestAdversarialAttacks:
         del data["test_unknown"]
         result = AdversarialAttacks(attacks=("fgsm",), epsilons=(2.0,))(Subject(colour_model(), data))
         assert result.numbers.keys() == {"clean/closed_set_accuracy", "fgsm/2/closed_set_accuracy"}
-        assert result.arrays.keys() == {"epsilons", "accuracy/fgsm"}
+        assert result.arrays.keys() == {"epsilons", "accuracy/fgsm"} and result.tested == 31
 
     def test_without_logits(self):
         with pytest.raises(InputError, match="no logits"):

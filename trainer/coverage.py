@@ -99,6 +99,7 @@ class Coverage:
                 "images": batch.images[: self.examples].cpu().numpy(),
                 "maps": maps[: self.examples].numpy(),
             },
+            tested=whole,
         )
 
     def maps(self, model: FeatureModel, images: Tensor, indices: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def fit_detector(name: DetectorName, train: tuple[Outputs, np.ndarray] | None) -
         max_logit    largest logit (Vaze et al. 2022); of a model of this project, algorithm 1's score over k·τ
         energy       log-sum-exp of the logits (Liu et al. 2020)
         openmax      -probability of the unknown class (Bendale & Boult 2016), with the library's tail of 25 and α of
-                     10, or fewer where a class has fewer images or there are fewer classes
+                     10, or fewer where a class has fewer images or there are fewer classes; fitted, as its authors do,
+                     to training images that are classified right, but to all of a class with fewer such images than
+                     the tail
         knn          -distance to the 50th nearest training image, features scaled to length 1 (Sun et al. 2022)
         vim          virtual-logit matching (Wang et al. 2022); its last layer is the affine map from features to logits
                      that fits the training images best, which is the network's own where it has one; its principal
@@ -95,7 +97,9 @@ def _outlier_scores(name: DetectorName, train: tuple[Outputs, np.ndarray] | None
     if name == "openmax":
         logits = outputs.need_logits()
         tail = min(25, int(torch.bincount(labels).min()))
-        return _of_logits(library.OpenMax(None, tailsize=tail).fit_logits(logits, labels))
+        chosen = _fitted_by_openmax(logits, labels, tail)
+        fitted = library.OpenMax(None, tailsize=tail).fit_logits(logits[chosen], labels[chosen])
+        return _with_every_class(_of_logits(fitted))
     if name == "knn":
         fitted = library.KNN(None, k=min(NEIGHBOURS, len(labels)))
     elif name == "vim":
@@ -110,6 +114,25 @@ def _outlier_scores(name: DetectorName, train: tuple[Outputs, np.ndarray] | None
 
 def _of_logits(detector: Detector) -> Callable[[Outputs], Tensor]:
     return lambda images: detector.predict_logits(images.need_logits())
+
+
+def _fitted_by_openmax(logits: Tensor, labels: Tensor, tail: int) -> Tensor:
+    """(N,) bool: the images whose largest logit is their class's; of a class with fewer than `tail` of these, all."""
+    right = logits.argmax(dim=1) == labels
+    few = torch.bincount(labels[right], minlength=logits.shape[1]) < tail
+    return right | few[labels]
+
+
+def _with_every_class(score: Callable[[Outputs], Tensor]) -> Callable[[Outputs], Tensor]:
+    """Puts a row for each class before the logits. The library's OpenMax measures the distance only to classes that are
+    the largest of some row it is given, and takes the others to be at distance 0."""
+
+    def of_images(images: Outputs) -> Tensor:
+        logits = images.need_logits()
+        every = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        return score(Outputs(images.features, torch.cat([every, logits])))[len(every) :]
+
+    return of_images
 
 
 def _affine_map(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

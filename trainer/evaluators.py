@@ -226,16 +226,21 @@ class Evaluation:
         numbers: by name; parts of a name are separated by "/".
         intervals: confidence intervals of some of the numbers.
         arrays: what plots and further computations need, by name; each evaluator says which.
+        tested: how many images were measured, known and unknown ones together, each counted once: all of the
+            partitions or as many as the evaluator's limit lets through. None: not said.
     """
 
     numbers: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    tested: int | None = None
 
     def prefixed(self, prefix: str) -> Evaluation:
         """The same under names that begin with `prefix` and "/"."""
         parts: list[Mapping] = [self.numbers, self.intervals, self.arrays]
-        return Evaluation(*({f"{prefix}/{name}": value for name, value in part.items()} for part in parts))
+        return Evaluation(
+            *({f"{prefix}/{name}": value for name, value in part.items()} for part in parts), tested=self.tested
+        )
 
 
 @runtime_checkable
@@ -348,7 +353,7 @@ class ClosedSet:
         intervals = self.bootstrap.intervals(
             {"closed_set_accuracy": (lambda i: float(correct[i].mean()), (len(correct),))}
         )
-        return Evaluation(numbers, intervals)
+        return Evaluation(numbers, intervals, tested=len(correct))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +383,7 @@ class OpenSet:
             }
         )
         arrays = {"known_scores": known, "known_correct": correct, "unknown_scores": unknown}
-        return Evaluation(numbers, intervals, arrays)
+        return Evaluation(numbers, intervals, arrays, tested=sum(both))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +403,7 @@ class OutOfDistribution:
         both = (len(known), len(unknown))
         intervals = self.bootstrap.intervals({"auroc": (lambda i, j: auroc(known[i], unknown[j]), both)})
         arrays = {"known_scores": known, "unknown_scores": unknown}
-        return Evaluation(detection_metrics(known, unknown), intervals, arrays)
+        return Evaluation(detection_metrics(known, unknown), intervals, arrays, tested=sum(both))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +434,7 @@ class Detectors:
                 intervals[f"{name}/{metric}"] = osr.intervals[metric]
             arrays |= {f"{name}/known_scores": known, f"{name}/unknown_scores": unknown, "known_correct": correct}
         numbers["closed_set_accuracy"] = float(subject.correct().mean())
-        return Evaluation(numbers, intervals, arrays)
+        return Evaluation(numbers, intervals, arrays, tested=osr.tested)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,6 +466,7 @@ class IntrinsicDimension:
         return Evaluation(
             {"intrinsic_dimension": found.dimension, "images": float(len(chosen))},
             arrays={"log_ratio": found.log_ratio, "log_survival": found.log_survival},
+            tested=len(chosen),
         )
 
 

@@ -61,6 +61,7 @@ class LinearProbe:
         return Evaluation(
             {"top1_accuracy": float(top1[-1]), "top5_accuracy": float(top5[-1])},
             arrays={"epoch": np.arange(1, self.epochs + 1), "train_loss": loss, "top1": top1, "top5": top5},
+            tested=len(truth),
         )
 
     def fit(self, features: Tensor, labels: Tensor) -> Iterator[tuple[float, nn.Module]]:

@@ -1,14 +1,17 @@
 """Pictures of what evaluators find: functions from arrays to matplotlib figures, in one style.
 
 No figure is registered with pyplot, so that nothing has to be closed and no display is asked for. Shares in [0, 1] are
-shown in percent.
+shown in percent. Every function takes `note=`, which is printed small below the picture: what a reader has to know who
+finds it alone, such as the budget it was made with.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-KNOWN, UNKNOWN, PUBLISHED = COLOURS[0], COLOURS[1], "#999999"
+LINE_STYLES = ("-", "--", "-.", ":")
+KNOWN, UNKNOWN = COLOURS[0], COLOURS[1]
 
 _STYLE: dict[str, Any] = {
     "figure.dpi": 120,
@@ -44,18 +48,31 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "gradmix",
 }
 _MOST_POINTS = 1000
+_MOST_INSIDE = 7
+"""Curves whose legend leaves room for them."""
+_NOTE_LETTERS = 17
+"""Letters of a note for each inch of a figure's width."""
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Figure:
+    def drawn(*args: Any, note: str = "", **kwargs: Any) -> Figure:
         import matplotlib
         from cycler import cycler
 
-        with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
-            return draw(*args, **kwargs)
+        # The first line style in all colours, then the next one.
+        cycle = cycler(linestyle=LINE_STYLES) * cycler(color=COLOURS)
+        with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycle}):
+            return with_note(draw(*args, **kwargs), note)
 
     return drawn
+
+
+def with_note(figure: Figure, note: str) -> Figure:
+    """The same figure, with `note` printed small below it; another note takes its place, an empty one removes it."""
+    lines = textwrap.fill(note, int(_NOTE_LETTERS * figure.get_figwidth()))
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=7, color="#666666")
+    return figure
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
@@ -86,13 +103,30 @@ def score_histogram(
 ) -> Figure:
     """How scores of known (n,) and unknown (m,) images are spread, each group's bars adding up to 1."""
     figure, axes = _axes(title, "score (larger: more known)", "share of the images (percent)")
-    edges = np.histogram_bin_edges(np.concatenate([known, unknown]), bins=bins)
-    for scores, label, colour in ((unknown, "unknown", UNKNOWN), (known, "known", KNOWN)):
-        weights = np.full(len(scores), 100 / len(scores))
-        axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=f"{label} ({len(scores):,} images)")
+    groups = {f"unknown ({len(unknown):,} images)": unknown, f"known ({len(known):,} images)": known}
+    _histograms(axes, groups, bins)
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
     axes.legend()
+    return figure
+
+
+@_styled
+def score_histograms_figure(
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "Scores", bins: int = 60
+) -> Figure:
+    """Small histograms below each other, as `score_histogram`'s: for each label the scores of known (n,) and of unknown
+    (m,) images. Scores of different rows have scales of their own."""
+    figure = _figure(6.0, 1.2 + 1.1 * len(scores))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    for axes, (name, (known, unknown)) in zip(figure.subplots(len(scores), squeeze=False)[:, 0], scores.items()):
+        axes.set_title(f"{name}: {len(known):,} known, {len(unknown):,} unknown", fontsize=9, fontweight="normal")
+        _histograms(axes, {"unknown": unknown, "known": known}, bins)
+        axes.locator_params(axis="y", nbins=3)
+        axes.tick_params(labelsize=8)
+    axes.set_xlabel("score (larger: more known)")
+    figure.supylabel("share of the images (percent)", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
@@ -101,7 +135,7 @@ def roc_curves(curves: Mapping[str, Curve], *, title: str = "Receiver operating 
     """One curve for each label, with chance as a diagonal."""
     figure, axes = _axes(title, "unknown images accepted (percent)", "known images accepted (percent)")
     axes.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, linestyle=":")
-    _rates(axes, curves)
+    _rates(figure, axes, curves)
     return figure
 
 
@@ -109,7 +143,7 @@ def roc_curves(curves: Mapping[str, Curve], *, title: str = "Receiver operating 
 def oscr_curves(curves: Mapping[str, Curve], *, title: str = "Open set classification rate") -> Figure:
     """One curve for each label."""
     figure, axes = _axes(title, "unknown images accepted (percent)", "known images accepted and right (percent)")
-    _rates(axes, curves)
+    _rates(figure, axes, curves)
     return figure
 
 
@@ -122,56 +156,42 @@ def grouped_bars(
     published: Sequence[float | None] | None = None,
     title: str,
     label: str = "percent",
-    zero: bool = False,
 ) -> Figure:
-    """Bars side by side, a group for each category and a colour for each series: ablations, detectors, corruptions.
+    """Bars from 0 side by side, a group for each category and a look for each series: what is told by how long they
+    are, such as losses.
 
     Args:
         series: for each label, a value for each category, as it is to be shown; None leaves its place empty.
         errors: for some labels, the ends (low, high) of each value's error bar, or None.
         published: for each category the published value, drawn as a line over the group, or None.
-        zero: whether the axis has to begin at 0; otherwise it begins below the smallest value.
     """
-    figure, axes = _axes(title, "", label, width=max(6.0, 1.2 + 0.36 * len(categories) * max(len(series), 2)))
-    places, width = np.arange(len(categories)), 0.8 / max(len(series), 1)
-    ends = []
-    for number, (name, given) in enumerate(series.items()):
-        values = [math.nan if value is None else value for value in given]
-        shift = (number - (len(series) - 1) / 2) * width
-        bars = (errors or {}).get(name)
-        sides = None
-        if bars is not None:
-            pairs = [(value, value) if bar is None else bar for value, bar in zip(values, bars)]
-            sides = np.abs(np.array(pairs).T - np.array(values))
-            ends += [end for pair in pairs for end in pair]
-        axes.bar(
-            places + shift, values, 0.92 * width, yerr=sides, label=name,
-            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"},
+    groups = _Groups(categories, series, errors or {}, published or (), title, label)
+    for name, places, values, sides, look in groups.drawn({"hatch": ("", "///", "...", "xxx")}):
+        groups.axes.bar(
+            places, values, 0.92 * groups.width, yerr=sides, label=name, edgecolor="white", linewidth=0,
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"}, **look,
         )  # fmt: skip
-        ends += list(values)
-    drawn = False
-    for place, value in zip(places, published or []):
-        if value is not None:
-            axes.hlines(
-                value, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1.2,
-                label=None if drawn else "published",
-            )  # fmt: skip
-            ends.append(value)
-            drawn = True
-    ends = [end for end in ends if not math.isnan(end)] or [0.0]
-    low, high = min(ends), max(ends)
-    margin = 0.15 * (high - low) or 1.0
-    axes.set_ylim(min(0.0, low - margin) if zero or low < 0 else max(0.0, low - 2 * margin), high + margin)
-    axes.set_xticks(places, [name.replace("_", " ") for name in categories])
-    if sum(map(len, categories)) > 9 * figure.get_size_inches()[0]:
-        axes.tick_params(axis="x", labelrotation=35)
-        for tick in axes.get_xticklabels():
-            tick.set_horizontalalignment("right")
-            tick.set_rotation_mode("anchor")
-    axes.grid(axis="x", visible=False)
-    if len(series) > 1 or drawn:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
+    return groups.finished(from_zero=True)
+
+
+@_styled
+def grouped_points(
+    categories: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    errors: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+    published: Sequence[float | None] | None = None,
+    title: str,
+    label: str = "percent",
+) -> Figure:
+    """As `grouped_bars`, but points on an axis that is zoomed to them: what is told by small differences, such as AUROC
+    of ablations or detectors."""
+    groups = _Groups(categories, series, errors or {}, published or (), title, label)
+    for name, places, values, sides, look in groups.drawn({"marker": ("o", "s", "^", "D")}):
+        groups.axes.errorbar(
+            places, values, yerr=sides, label=name, linestyle="none", markersize=5, elinewidth=1, capsize=2, **look
+        )
+    return groups.finished(from_zero=False)
 
 
 @_styled
@@ -191,7 +211,9 @@ def lines(
         axes.plot(x, values, label=name, marker="o" if markers else None, markersize=4)
     if logarithmic:
         axes.set_xscale("log")
-    if len(series) > 1:
+    if len(series) > _MOST_INSIDE:
+        _legend_beside(figure, axes)
+    elif len(series) > 1:
         axes.legend()
     return figure
 
@@ -260,13 +282,95 @@ def corruption_examples(
     return figure
 
 
-def _rates(axes: Axes, curves: Mapping[str, Curve]) -> None:
+class _Groups:
+    """A picture of a few values for each of several categories; see `grouped_bars`."""
+
+    def __init__(
+        self,
+        categories: Sequence[str],
+        series: Mapping[str, Sequence[float | None]],
+        errors: Mapping[str, Sequence[tuple[float, float] | None]],
+        published: Sequence[float | None],
+        title: str,
+        label: str,
+    ) -> None:
+        width = 1.2 + 0.36 * len(categories) * max(len(series), 2)
+        self.figure, self.axes = _axes(title, "", label, width=min(max(6.0, width), 16.0))
+        self.categories, self.series, self.errors, self.published = categories, series, errors, published
+        self.width = 0.8 / max(len(series), 1)
+        self.ends: list[float] = []
+
+    def drawn(self, looks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, np.ndarray, np.ndarray, Any, dict]]:
+        """For each series its label, its places and values, the lengths of its error bars (2, ·) or None, and its look:
+        the first of `looks` in all colours, then the next one."""
+        from cycler import cycler
+
+        ((key, values_of_key),) = looks.items()
+        cycle = itertools.cycle(cycler(**{key: values_of_key}) * cycler(color=COLOURS))
+        for number, ((name, given), look) in enumerate(zip(self.series.items(), cycle)):
+            values = np.array([math.nan if value is None else value for value in given])
+            places = np.arange(len(values)) + (number - (len(self.series) - 1) / 2) * self.width
+            sides, bars = None, self.errors.get(name)
+            if bars is not None and any(bars):
+                pairs = np.array([(value, value) if bar is None else bar for value, bar in zip(values, bars)])
+                sides = np.abs(pairs.T - values)
+                self.ends += pairs.ravel().tolist()
+            self.ends += values.tolist()
+            yield name, places, values, sides, look
+
+    def finished(self, *, from_zero: bool) -> Figure:
+        """The figure, with published values, an axis that everything is within, and what the places are called."""
+        axes, drawn = self.axes, False
+        for place, value in enumerate(self.published):
+            if value is not None:
+                axes.hlines(
+                    value, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1.2,
+                    label=None if drawn else "published",
+                )  # fmt: skip
+                self.ends.append(value)
+                drawn = True
+        ends = [end for end in self.ends if not math.isnan(end)] + [0.0] * from_zero or [0.0]
+        low, high = min(ends), max(ends)
+        margin = 0.15 * (high - low) or 1.0
+        axes.set_ylim(0.0 if from_zero and low == 0 else low - margin, high + margin)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set_xticks(range(len(self.categories)), [name.replace("_", " ") for name in self.categories])
+        axes.set_xlim(-0.6, len(self.categories) - 0.4)
+        if sum(map(len, self.categories)) > 9 * self.figure.get_size_inches()[0]:
+            axes.tick_params(axis="x", labelrotation=35)
+            for tick in axes.get_xticklabels():
+                tick.set_horizontalalignment("right")
+                tick.set_rotation_mode("anchor")
+        axes.grid(axis="x", visible=False)
+        if len(self.series) > 1 or drawn:
+            _legend_beside(self.figure, axes)
+        return self.figure
+
+
+def _histograms(axes: Axes, groups: Mapping[str, np.ndarray], bins: int) -> None:
+    """Of unknown and of known images, over the same bins, the bars of each group adding up to 100 percent."""
+    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins)
+    for (label, scores), colour in zip(groups.items(), (UNKNOWN, KNOWN)):
+        weights = np.full(len(scores), 100 / len(scores))
+        axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=label)
+
+
+def _rates(figure: Figure, axes: Axes, curves: Mapping[str, Curve]) -> None:
     for name, curve in curves.items():
         chosen = _thinned(len(curve.x))
         axes.plot(100 * curve.x[chosen], 100 * curve.y[chosen], label=name)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 101)
-    axes.legend(loc="lower right")
+    if len(curves) <= _MOST_INSIDE:
+        axes.legend(loc="lower right")
+    else:
+        _legend_beside(figure, axes)
+
+
+def _legend_beside(figure: Figure, axes: Axes) -> None:
+    """A legend right of the axes, which keep their width."""
+    figure.set_figwidth(figure.get_figwidth() + 2.2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _thinned(count: int) -> np.ndarray:

@@ -57,19 +57,26 @@ class Presentation:
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
-def present(evaluator: Evaluator, evaluations: Evaluations, *, threshold: float | None = None) -> Presentation:
+def present(
+    evaluator: Evaluator, evaluations: Evaluations, *, threshold: float | None = None, note: str = ""
+) -> Presentation:
     """Table and pictures of what `evaluator` found for each model.
 
     Args:
         evaluations: one or more.
         threshold: of a single model's score, to be drawn into its histogram.
+        note: printed small below every picture, such as the budget of the models.
     """
     presentation = _PRESENTED[type(evaluator)](evaluator, evaluations)
-    if threshold is not None and len(evaluations) == 1 and "scores" in presentation.figures:
+    figures = dict(presentation.figures)
+    if threshold is not None and len(evaluations) == 1 and "scores" in figures:
         (label, evaluation), *_ = evaluations.items()
-        figures = dict(presentation.figures) | {"scores": _histogram(evaluation, label, threshold)}
-        return dataclasses.replace(presentation, figures=figures)
-    return presentation
+        figures["scores"] = _histogram(evaluation, label, threshold)
+    return dataclasses.replace(
+        presentation,
+        notes=(*_tested_note(evaluations), *presentation.notes),
+        figures={name: plots.with_note(figure, note) for name, figure in figures.items()},
+    )
 
 
 def percent_row(evaluation: Evaluation, names: Sequence[str]) -> tuple[Number, ...]:
@@ -96,16 +103,19 @@ def _histogram(evaluation: Evaluation, label: str, threshold: float | None = Non
 
 
 def _score_figures(evaluations: Evaluations) -> dict[str, Figure]:
-    """A histogram for each model, and one picture of all ROC curves."""
-    histograms = {
-        "scores" if len(evaluations) == 1 else f"scores_{number}": _histogram(evaluation, label)
-        for number, (label, evaluation) in enumerate(evaluations.items(), 1)
-    }
+    """Every model's histogram in one picture, and all ROC curves in another."""
+    if len(evaluations) == 1:
+        histograms = _histogram(*evaluations.values(), *evaluations)
+    else:
+        scores = {
+            label: (each.arrays["known_scores"], each.arrays["unknown_scores"]) for label, each in evaluations.items()
+        }
+        histograms = plots.score_histograms_figure(scores)
     curves = {
         label: roc_curve(each.arrays["known_scores"], each.arrays["unknown_scores"])
         for label, each in evaluations.items()
     }
-    return {**histograms, "roc": plots.roc_curves(curves)}
+    return {"scores": histograms, "roc": plots.roc_curves(curves)}
 
 
 def _open_set(evaluator: OpenSet, evaluations: Evaluations) -> Presentation:
@@ -159,14 +169,14 @@ def _detectors(evaluator: Detectors, evaluations: Evaluations) -> Presentation:
         series[label] = [100 * evaluation.numbers[f"{name}/auroc"] for name in evaluator.names]
         found = [evaluation.intervals.get(f"{name}/auroc") for name in evaluator.names]
         errors[label] = [None if each is None else (100 * each.low, 100 * each.high) for each in found]
-    bars = plots.grouped_bars(
+    points = plots.grouped_points(
         evaluator.names, series, errors=errors, title="Detectors", label="AUROC (percent)"
     )  # fmt: skip
     return Presentation(
         columns=("detector", *_named("model", evaluations), *(NAMES[metric] for metric in metrics)),
         rows=tuple(rows),
         notes=_interval_note(evaluator),
-        figures={"detectors": bars},
+        figures={"detectors": points},
     )
 
 
@@ -199,7 +209,7 @@ def _corruptions(evaluator: CommonCorruptions, evaluations: Evaluations) -> Pres
     }
     bars = plots.grouped_bars(
         evaluator.corruptions, drops, title="Accuracy drop by corruption, mean over severities",
-        label="accuracy drop (percentage points)", zero=True,
+        label="accuracy drop (percentage points)",
     )  # fmt: skip
     first = next(iter(evaluations.values()))
     examples = plots.corruption_examples(first.arrays["examples"], evaluator.corruptions, evaluator.severities)
@@ -298,6 +308,16 @@ def _attacks(evaluator: AdversarialAttacks, evaluations: Evaluations) -> Present
         notes=(note,),
         figures=figures,
     )
+
+
+def _tested_note(evaluations: Evaluations) -> tuple[str, ...]:
+    """How many images were measured, where the evaluations say so."""
+    counts = {label: each.tested for label, each in evaluations.items() if each.tested is not None}
+    if not counts:
+        return ()
+    if len(set(counts.values())) == 1:
+        return (f"Measured on {next(iter(counts.values())):,} images.",)
+    return (f"Measured on {', '.join(f'{count:,} images ({label})' for label, count in counts.items())}.",)
 
 
 def _score_note(detector: str) -> str:

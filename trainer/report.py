@@ -83,6 +83,9 @@ class TableResult:
     """A table or figure: what it says, and what was done for it."""
 
     title: str
+    budget: str = ""
+    """By how much less than what the table is about its numbers were made, in a word or two: "smoke". It is printed
+    with the title, and beside every row of the CSV file unless there is such a column. Empty: as it should be."""
     caption: str = ""
     """A sentence or two below the title."""
     columns: tuple[str, ...]
@@ -101,9 +104,14 @@ class TableResult:
             if len(row) != len(self.columns):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns: {row}")
 
+    @property
+    def heading(self) -> str:
+        """The title with the budget."""
+        return f"{self.title} (budget {self.budget})" if self.budget else self.title
+
     def to_rich(self) -> Table:
         """For the terminal; interval and published number stand below a measured one."""
-        table = Table(*map(escape, self.columns), title=escape(self.title), caption=escape(self.caption) or None)
+        table = Table(*map(escape, self.columns), title=escape(self.heading), caption=escape(self.caption) or None)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
@@ -115,6 +123,7 @@ class TableResult:
         rows = [[cell.__dict__ if isinstance(cell, Number) else cell for cell in row] for row in self.rows]
         return {
             "title": self.title,
+            "budget": self.budget,
             "caption": self.caption,
             "columns": list(self.columns),
             "rows": rows,
@@ -123,12 +132,13 @@ class TableResult:
         }
 
     def to_csv(self) -> str:
-        """A line for each row; a number is three fields: measured, interval, published."""
+        """A line for each row; a number is three fields: measured, interval, published. The last is the budget."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([self.columns[0], *(f"{c}{part}" for c in self.columns[1:] for part in _PARTS)])
+        added = {"budget": self.budget} if self.budget and "budget" not in self.columns else {}
+        writer.writerow([self.columns[0], *(f"{c}{part}" for c in self.columns[1:] for part in _PARTS), *added])
         for row in self.rows:
-            writer.writerow([_text(row[0]), *(part for cell in row[1:] for part in _parts(cell))])
+            writer.writerow([_text(row[0]), *(part for cell in row[1:] for part in _parts(cell)), *added.values()])
         return file.getvalue()
 
 

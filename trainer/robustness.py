@@ -116,7 +116,7 @@ class CommonCorruptions:
             "severities": np.array(self.severities),
             "examples": np.concatenate([first, rows], axis=1),
         }
-        return Evaluation(numbers, intervals, arrays)
+        return Evaluation(numbers, intervals, arrays, tested=len(share))
 
 
 def _correct(model: FeatureModel, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -203,7 +203,7 @@ class AdversarialAttacks:
             for short, metric in metrics.items():
                 names = ["clean", *(f"{attack}/{epsilon:g}" for epsilon in self.epsilons)]
                 arrays[f"{short}/{attack}"] = np.array([numbers[f"{name}/{metric}"] for name in names])
-        return Evaluation(numbers, arrays=arrays)
+        return Evaluation(numbers, arrays=arrays, tested=len(pixels) + (0 if unknown is None else len(unknown)))
 
 
 def _attack(
