@@ -49,15 +49,7 @@ from trainer.coverage import Coverage
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
 from trainer.engine import join_ranks, read_deepspeed_config
-from trainer.evaluators import (
-    Evaluation,
-    Evaluator,
-    FeatureModel,
-    Features,
-    OpenSet,
-    OutOfDistribution,
-    Subject,
-)
+from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.experiments import (
     ALIASES,
     EXPERIMENTS,
@@ -548,9 +540,10 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         protocol = partitions.build.protocol
         return Subject(shown, partitions, classes=protocol.known, class_names=model.card.class_names)
 
-    found = Evaluation({})
+    found, tested = Evaluation({}), {}
     for name, wanted in cell.variant.measures.items():
         evaluation = wanted.evaluator(subject(wanted.logits, wanted.features))
+        tested[name] = evaluation.tested
         if wanted.course:
             evaluation = joined(evaluation, course_of(wanted, cell, model, partitions))
         found = joined(found, evaluation.prefixed(name))
@@ -563,7 +556,7 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],
-        "test_images": {name: tested(each.evaluator, partitions) for name, each in cell.variant.measures.items()},
+        "test_images": tested,
         "train_seconds": trained["train_seconds"],
         "commit": asked["commit"] or "not in a checkout",
         "hardware": provenance()["hardware"],
@@ -572,15 +565,6 @@ def measure(cell: Cell, partitions: Partitions) -> None:
     write_json(folder / "evaluation.json", record)
     # The model is kept; the states on the way to it, with the optimizer's memory, have served.
     checkpoint.discard(folder)
-
-
-def tested(evaluator: Evaluator, partitions: Partitions) -> int:
-    """How many test images the evaluator measures: those of unknown classes too where it tells them from the known, and
-    of each kind as many as it is limited to."""
-    both = isinstance(evaluator, (OpenSet, OutOfDistribution, AdversarialAttacks))
-    names = ("test_known", "test_unknown") if both else ("test_known",)
-    most = getattr(evaluator, "max_images", None)
-    return sum(_least(most, partitions.build.record(name).count) for name in names if name in partitions)
 
 
 def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
@@ -631,8 +615,7 @@ def write_tables(
 def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[str] = ()) -> TableResult:
     """Every row of every protocol: those that are published only, in the paper's order, then those that are measured.
 
-    A number is the mean over splits and seeds, its spread their standard deviation. What is measured names its budget
-    wherever it may be read alone: in the title, in each row, in the pictures.
+    A number is the mean over splits and seeds, its spread their standard deviation.
     """
     chosen, figures = experiment(config.experiment), published(config.experiment)
     theirs = [label for label in figures["rows"] if label not in {row.label for row in chosen.rows}]
@@ -642,13 +625,13 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             paper = figures["rows"][label].get(protocol)
             if paper is not None:
                 found = [Number(value=None, published=paper.get(column.number)) for column in chosen.columns]
-                lines.append((label, protocol, *found, None, None, None, None, None))
+                lines.append((label, protocol, *found, None, None, None, None))
         for row in chosen.rows:
             own = cells_of(row, protocol, cells)
             if own:
                 paper = figures["rows"].get(row.label, {}).get(protocol, {})
                 found = [number_of(column, row, own, paper) for column in chosen.columns]
-                lines.append((row.label, protocol, *found, config.budget, *effort(own)))
+                lines.append((row.label, protocol, *found, *effort(own)))
     marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
     done = [record for record in (cell.record() for cell in cells) if record]
     tested: dict[str, dict[str, int]] = {}
@@ -657,10 +640,11 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             tested.setdefault(cell.protocol.name, {}).update(record["test_images"])
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
-        title=f"{chosen.title} ({config.budget} budget)",
+        title=chosen.title,
+        budget=config.budget,
         caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
         "published: what the paper prints.",
-        columns=("row", "protocol", *units, "budget", "runs", "train images", "epochs", "training"),
+        columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
         notes=(
             *(f"* {label}: {mark}." for label, mark in marks.items()),
@@ -764,22 +748,24 @@ def effort(cells: Sequence[Cell]) -> list[str | None]:
 
 
 def pictures(name: str, budget: str, cells: Sequence[Cell]) -> dict[str, Figure]:
-    """For each protocol: the first column as bars, what each kind of evaluator has to show of one cell of each row, and
-    the course of training."""
+    """For each protocol: the first column of all rows, what each kind of evaluator has to show of one run of each row,
+    and the course of training."""
     chosen, drawn = experiment(name), {}
     for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
         rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
         if rows:
-            bars = bar_figure(name, rows, protocol, cells)
-            bars.suptitle(f"mean over runs, {budget} budget", fontsize=9, color="#555555")
+            numbers = numbers_figure(name, rows, protocol, cells)
             others = {column.measure for column in chosen.columns} - {None}
-            run, shown = same_run(rows, protocol, cells)
-            found = {**evaluator_figures(shown, others), **course_figures(shown)}
+            run, members = same_run(rows, protocol, cells)
+            found = {**evaluator_figures(members, others), **course_figures(members)}
             for figure in found.values():
-                figure.suptitle(f"{protocol}, {run}, {budget} budget", fontsize=9, color="#555555")
-            drawn |= {
-                f"{protocol.replace('+', '-')}_{title}": figure for title, figure in {"bars": bars, **found}.items()
-            }
+                # Beside the title of a figure of many axes, above that of a single one.
+                title = ": ".join(filter(None, (figure.get_suptitle(), f"{protocol}, {run}")))
+                figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+            for title, figure in {"numbers": numbers, **found}.items():
+                mean = "Mean over all runs. " if figure is numbers else ""
+                plots.with_note(figure, f"{mean}Budget {budget}.")
+                drawn[f"{protocol.replace('+', '-')}_{title}"] = figure
     return drawn
 
 
@@ -797,18 +783,18 @@ def same_run(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> tuple
     return f"split {split}, seed {seed}", runs[split, seed]
 
 
-def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
-    chosen, bars = experiment(name), {}
+def numbers_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
+    chosen, found = experiment(name), {}
     column = chosen.columns[0]
     for row in rows:
         paper = published(name)["rows"].get(row.label, {}).get(protocol, {})
-        bars[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
-    ends = [None if bar.spread is None else (bar.value - bar.spread, bar.value + bar.spread) for bar in bars.values()]
-    return plots.grouped_bars(
-        list(bars),
-        {column.title: [bar.value for bar in bars.values()]},
+        found[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
+    ends = [None if n.spread is None else (n.value - n.spread, n.value + n.spread) for n in found.values()]
+    return plots.grouped_points(
+        list(found),
+        {column.title: [each.value for each in found.values()]},
         errors={column.title: ends} if any(ends) else None,
-        published=[bar.published for bar in bars.values()],
+        published=[each.published for each in found.values()],
         title=f"{chosen.title}: {protocol}",
         label=f"{column.title} (percent)" if column.percent else column.title,
     )
@@ -827,8 +813,7 @@ def evaluator_figures(shown: Mapping[Row, Cell], others: set[str]) -> dict[str, 
     figures = {}
     for kind, evaluations in kinds.items():
         for title, figure in present(evaluators[kind], evaluations).figures.items():
-            if not title.startswith("scores"):  # a histogram a row is too much
-                figures[f"{kind.__name__}_{title}"] = figure
+            figures[f"{kind.__name__}_{title}"] = figure
     return figures
 
 
