@@ -146,6 +146,7 @@ def test_cifar_runs_have_the_published_phases_and_the_table_says_how_long_each_w
     assert "Trained for 10 epochs of θ = 1, λ = 3: gradmix, supcon+simclr on mnist." in lines
     assert any("in place of RandAugment" in line for line in lines)
     said = module.schedules(plan(ReproduceConfig(experiment="table1", protocols=("tinyimagenet",))))
+    assert not any("800" in line for line in module.schedules(plan(ReproduceConfig(experiment="figure5"))))
     assert any("800 for some" in line for line in said) and not any("RandAugment" in line for line in said)
     # Rows of one picture differ in the mixing alone.
     for name in ("figure2", "figure3", "beyond"):
