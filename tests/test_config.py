@@ -98,6 +98,11 @@ def test_a_method_is_the_protocols_recipe_with_its_own_objective():
     assert classifier.objective == CrossEntropyConfig(label_smoothing=0.9) and classifier.batch_size == 128
     assert (classifier.optimizer.learning_rate, classifier.optimizer.warmup_epochs) == (0.01, 20)
     assert recipe("cifar10", "arpl").optimizer.learning_rate == 0.1
+    for protocol in ("mnist", "svhn", "cifar+10", "tinyimagenet-closed"):
+        for method in ("cross_entropy", "arpl"):
+            of_vaze = recipe(protocol, method)
+            assert (of_vaze.epochs, of_vaze.optimizer.warmup_epochs) == (600, 20), "not the contrastive recipe's"
+    assert recipe("digits", "arpl").epochs == recipe("digits").epochs
     names = {(recipe("digits", method).folder, recipe("digits", method).model_name) for method in METHODS}
     assert len(names) == len(METHODS) and (Path("runs/digits-0-seed0"), "gradmix-digits") in names
     assert all(method in METHOD_HELP for method in METHODS), "the help names every method"

@@ -291,13 +291,24 @@ def test_arpl_is_its_equations(n, dim, classes, smoothing, radius):
         for k, point in enumerate(head.points.tolist()):
             distance = sum((a - b) ** 2 for a, b in zip(x, point)) / dim
             logits.append((distance - sum(a * b for a, b in zip(x, point))) / 2.0)
-            open_space += max(distance - radius, 0.0) / (2 * n) if k == label else 0.0
+            open_space += max(distance - radius + 1.0, 0.0) / (2 * n) if k == label else 0.0
         classification += naive_cross_entropy(logits, label, smoothing) / (2 * n)
     assert result.classification.item() == pytest.approx(classification, rel=1e-4)
     assert result.open_space.item() == pytest.approx(open_space, rel=1e-4)
     assert result.total.item() == pytest.approx(classification + 0.3 * open_space, rel=1e-4)
     result.total.backward()
     assert head.points.grad.abs().min() > 0 and head.radius.grad.item() < 0
+
+
+def test_arpls_open_space_is_that_of_the_authors_program_from_the_start():
+    """Which is PyTorch's ranking loss of the learnt radius against the distance, with a margin of 1."""
+    torch.manual_seed(0)
+    head, features, labels = ReciprocalPoints(7, 4), torch.randn(6, 7), torch.tensor([3, 0, 2])
+    assert head.radius.item() == 0
+    distance = (features - head.points[labels.repeat(2)]).square().mean(dim=1)
+    theirs = torch.nn.MarginRankingLoss(margin=1.0)(head.radius.expand(6), distance, torch.ones(6))
+    found = reciprocal_loss(*head(features), labels, ARPLConfig()).open_space
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-5) and found.item() > 1
 
 
 @pytest.mark.parametrize(("n", "dim", "size"), [(2, 3, 5), (7, 4, 13)])

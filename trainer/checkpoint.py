@@ -67,7 +67,8 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`. All ranks call it, between two steps of the optimizer.
+    """Write a checkpoint and drop old ones: the newest `keep` at the end of an epoch stay, and the newest two wherever
+    they are. All ranks call it, between two steps of the optimizer.
 
     Each of `memories` goes to a file of its name.
 
@@ -100,7 +101,9 @@ def save(
                 "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
             }
             write_json(partial / _STATE, record)
-        for old in _all(run_dir)[:-keep]:
+        folders = _all(run_dir)
+        kept = {*folders[-min(keep, 2) :], *_at_ends_of_epochs(run_dir)[-keep:]}
+        for old in set(folders) - kept:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -146,12 +149,7 @@ def load(folder: Path, engine: Any, memories: Mapping[str, Memory], identity: di
 
 def encoders(run_dir: Path) -> dict[int, Path]:
     """The encoder's weights at the end of each epoch, from 1, that a checkpoint of the run is kept of."""
-    kept = {}
-    for folder in _all(run_dir):
-        progress = read_json(folder / _STATE, "checkpoint state")["progress"]
-        if progress["step"] == 0:
-            kept[progress["epoch"]] = folder / "encoder.safetensors"
-    return kept
+    return {_progress(folder)["epoch"]: folder / "encoder.safetensors" for folder in _at_ends_of_epochs(run_dir)}
 
 
 def discard(run_dir: Path) -> None:
@@ -161,6 +159,18 @@ def discard(run_dir: Path) -> None:
 
 def _all(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _at_ends_of_epochs(run_dir: Path) -> list[Path]:
+    return [folder for folder in _all(run_dir) if _progress(folder).get("step") == 0]
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """How far the run was; empty where that is not readable."""
+    try:
+        return read_json(folder / _STATE, "checkpoint state")["progress"]
+    except (InputError, KeyError, TypeError):
+        return {}
 
 
 def _optimizer_memory(engine: Any) -> dict[str, Tensor]:

@@ -191,10 +191,10 @@ class ReciprocalLoss(NamedTuple):
 def reciprocal_loss(logits: Tensor, margins: Tensor, labels: Tensor, config: ARPLConfig) -> ReciprocalLoss:
     """Adversarial reciprocal point learning (Chen et al. 2021): the mean over the V·N views, of class y each, of
 
-        cross_entropy(logits / T) + λ·max(margin_y, 0)
+        cross_entropy(logits / T) + λ·max(margin_y + 1, 0)
 
-    with the logits ‖x − pₖ‖²/D − x·pₖ and margins ‖x − pₖ‖²/D − R of `trainer.encoder.ReciprocalPoints`. (The authors'
-    program has max(margin_y + 1, 0), which is the same, its R being one larger.)
+    with the logits ‖x − pₖ‖²/D − x·pₖ and margins ‖x − pₖ‖²/D − R of `trainer.encoder.ReciprocalPoints`. The 1 is in
+    the authors' program; their equation leaves it out, which moves R by 1: another loss while R is learnt from 0.
 
     Args:
         logits, margins: (V·N, C) in blocks: all first views, all second ones, ...
@@ -202,7 +202,7 @@ def reciprocal_loss(logits: Tensor, margins: Tensor, labels: Tensor, config: ARP
     """
     targets = labels.repeat(len(logits) // len(labels))
     classification = F.cross_entropy(logits / config.temperature, targets, label_smoothing=config.label_smoothing)
-    open_space = margins.gather(1, targets.unsqueeze(1)).relu().mean()
+    open_space = (margins.gather(1, targets.unsqueeze(1)) + 1.0).relu().mean()
     return ReciprocalLoss(classification + config.weight * open_space, classification, open_space)
 
 

@@ -12,14 +12,17 @@ unfinished one resumes from its checkpoint, a failed one is tried again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import re
 import statistics
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -42,14 +45,15 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint, plots
 from trainer.attribution_maps import Coverage
-from trainer.config import TrackingConfig, TrainConfig
+from trainer.config import Phase, TrackingConfig, TrainConfig
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder, load_encoder
-from trainer.engine import join_ranks
+from trainer.engine import join_ranks, read_deepspeed_config
 from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.experiments import (
     ALIASES,
     EXPERIMENTS,
+    REMARKS,
     Column,
     Measure,
     Row,
@@ -61,6 +65,16 @@ from trainer.presentation import present
 from trainer.registry import OpenSetModel
 from trainer.report import Number, TableResult, provenance, write_report
 from trainer.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.tracking import (
+    JournalTracker,
+    Link,
+    check_store,
+    deliver,
+    discard_journal,
+    resolve_uri,
+    went_through,
+    without_password,
+)
 from trainer.train import train
 
 if TYPE_CHECKING:
@@ -72,7 +86,7 @@ _WIDTH = 140
 
 
 class Budget(NamedTuple):
-    """What a cell may cost at most; None: as published."""
+    """What a cell may cost at most; None: no limit."""
 
     epochs: int | None = None
     images: int | None = None
@@ -83,11 +97,15 @@ class Budget(NamedTuple):
 
     def applied(self, config: TrainConfig) -> TrainConfig:
         """`config` within this budget; a warm-up keeps its share of the epochs."""
-        epochs = _least(self.epochs, config.epochs)
-        warmup = config.optimizer.warmup_epochs * epochs / config.epochs
+        phases = scaled([Phase.parse(text) for text in config.phases], self.epochs)
+        # Phases replace the epochs.
+        epochs = config.epochs if phases else _least(self.epochs, config.epochs)
+        share = (sum(phase.epochs for phase in phases) or epochs) / config.total_epochs
+        warmup = config.optimizer.warmup_epochs * share
         return dataclasses.replace(
             config,
             epochs=epochs,
+            phases=tuple(map(str, phases)),
             batch_size=_least(self.batch_size, config.batch_size),
             encoder=dataclasses.replace(config.encoder, width=_least(self.width, config.encoder.width)),
             optimizer=dataclasses.replace(config.optimizer, warmup_epochs=warmup),
@@ -117,7 +135,7 @@ class Budget(NamedTuple):
             f"{self.tested} test images for what takes long": self.tested,
         }
         said = [text for text, limit in limits.items() if limit is not None]
-        return f"at most {', '.join(said)}" if said else "as published"
+        return f"at most {', '.join(said)}" if said else "nothing is cut short"
 
 
 BUDGETS = {
@@ -125,6 +143,18 @@ BUDGETS = {
     "short": Budget(epochs=20, images=5000, width=16, batch_size=64, tested=1000),
     "full": Budget(),
 }
+
+
+def scaled(phases: Sequence[Phase], limit: int | None) -> list[Phase]:
+    """The phases in their proportions within `limit` epochs, each of 1 epoch at least."""
+    total = sum(phase.epochs for phase in phases)
+    if limit is None or total <= limit:
+        return list(phases)
+    epochs = [max(phase.epochs * limit // total, 1) for phase in phases]
+    # What rounding left over, or took too much, is the longest phase's.
+    longest = epochs.index(max(epochs))
+    epochs[longest] = max(epochs[longest] + limit - sum(epochs), 1)
+    return [dataclasses.replace(phase, epochs=number) for phase, number in zip(phases, epochs)]
 
 
 def _least(limit: int | None, value: int) -> int:
@@ -146,7 +176,8 @@ class ReproduceConfig:
     variants: tuple[str, ...] = ()
     """Which of the experiment's ways to train, as --dry-run lists them. Default: all."""
     budget: Literal["smoke", "short", "full"] = "full"
-    """smoke: does it run at all; short: 5,000 images, 20 epochs, a quarter of the width; full: as published."""
+    """smoke: does it run at all; short: 5,000 images, 20 epochs, a quarter of the width; full: nothing is cut short.
+    The table says how long each row was trained, and where the paper leaves that open."""
     data: Path = Path("data")
     """Data folder; what is not built yet is built there."""
     source: str | None = None
@@ -170,6 +201,9 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "experiment", ALIASES.get(self.experiment, self.experiment))
         experiment(self.experiment)
+        for name in ("protocols", "splits", "seeds", "variants"):
+            # A value given twice is one run, not two.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for name in self.protocols:
             split_count(name)
         known = [variant.name for variant in experiment(self.experiment).variants]
@@ -206,14 +240,30 @@ class Cell:
     @property
     def request(self) -> dict[str, Any]:
         """What decides its numbers; a cell with other ones is computed again."""
-        measures = {name: repr(measure) for name, measure in self.variant.measures.items()}
-        return {"training": self.config.identity, "measures": measures, "split_hash": self.protocol.split_hash}
+        deepspeed = self.config.deepspeed_config
+        return {
+            "training": self.config.identity,
+            "deepspeed": deepspeed and hashlib.sha256(deepspeed.read_bytes()).hexdigest(),
+            "measures": {name: repr(measure) for name, measure in self.variant.measures.items()},
+            "split_hash": self.protocol.split_hash,
+        }
 
     def record(self) -> dict[str, Any] | None:
-        """Its numbers, if they were found earlier."""
-        path = self.config.folder / "evaluation.json"
-        record = read_json(path, "evaluation") if path.is_file() else None
-        return record if record and record.get("request") == self.request else None
+        """Its numbers, if they were found earlier and all that they were found with is there, whole."""
+        folder = self.config.folder
+        try:
+            record = read_json(folder / "evaluation.json", "evaluation")
+        except InputError:
+            return None
+        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(folder / "arrays.npz")
+        return record if whole and record["request"] == self.request else None
+
+
+_RECORDED = {
+    "request", "numbers", "intervals", "epochs", "train_images", "test_images", "train_seconds", "commit", "hardware",
+    "versions",
+}  # fmt: skip
+"""What a finished cell's `evaluation.json` says."""
 
 
 def plan(config: ReproduceConfig) -> list[Cell]:
@@ -233,8 +283,10 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                     trained = budget.applied(variant.config(name))
                     stretches = max(each.course for each in variant.measures.values())
                     if stretches:
-                        every = max(trained.epochs // stretches, 1)
-                        trained = dataclasses.replace(trained, checkpoint_every=every, keep_checkpoints=trained.epochs)
+                        every = max(trained.total_epochs // stretches, 1)
+                        trained = dataclasses.replace(
+                            trained, checkpoint_every=every, keep_checkpoints=trained.total_epochs
+                        )
                     trained = dataclasses.replace(
                         trained,
                         split=split,
@@ -256,6 +308,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         InputError: a cell failed; all others were computed, and the table is written without it.
     """
     device = join_ranks()
+    read_deepspeed_config(config.deepspeed_config, device)  # says what is wrong with it before anything is done
     cells = plan(config)
     missing = from_first_rank(lambda: {cell.name for cell in cells if config.restart or cell.record() is None})
     todo = [cell for cell in cells if cell.name in missing]
@@ -264,11 +317,16 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         return None
     run = opened(config, console)
     data = Data(config, device, console)
-    failed = []
+    failed, tracking = [], config.tracking
     for number, cell in enumerate(todo, 1):
-        run.log(f"[{number}/{len(todo)}] {cell.name}")
+        tracking = from_first_rank(partial(answering, tracking, run))
+        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking))
+        run.log(f"[{number}/{len(todo)}] {cell.name}, {config.budget} budget")
         try:
             found = compute(config.experiment, cell, data.of(cell.protocol), console)
+        except cli.Preempted:
+            run.log(f"stopped by the system in {cell.name}: the same command goes on there")
+            raise
         except InputError as error:
             failed.append(f"{cell.name}: {error}")
         except Exception as error:
@@ -278,16 +336,60 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
         else:
-            run.log(found)
+            run.log(f"{found} ({config.budget} budget)")
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
             continue
         run.log(f"failed, going on with the next: {failed[-1]}")
     result = from_first_rank(lambda: write_tables(config, cells, failed, console))
+    if not config.tracking.offline:
+        from_first_rank(lambda: record_table(config, result, run))
     if failed:
         raise InputError(
             f"{len(failed)} of {len(cells)} cells failed; the same command tries them again. First: {failed[0]}"
         )
     return result
+
+
+def answering(tracking: TrackingConfig, run: RunFolder | NullRunFolder) -> TrackingConfig:
+    """`tracking`, from here on offline if its store does not answer: what is computed is worth more than where it is
+    recorded, and can be delivered later."""
+    if not tracking.offline:
+        try:
+            check_store(resolve_uri(tracking.uri))
+        except InputError as error:
+            run.log(f"going on without MLflow; python -m trainer.tracking sync {run.path}/* delivers later ({error})")
+            return dataclasses.replace(tracking, offline=True)
+    return tracking
+
+
+def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -> None:
+    """The table as an MLflow run, its numbers as metrics at the step of how many cells are finished, its files as
+    artifacts. The same table goes to the same run again."""
+    uri, experiment_name = resolve_uri(config.tracking.uri), config.tracking.experiment
+    if config.restart:
+        discard_journal(run.path)
+    link = Link.open(run.path, uri=uri, experiment=experiment_name)
+    link.replaced(run_name=f"{config.experiment}-{config.budget}").save(run.path)
+    tracker = JournalTracker(run.path, uri=uri, experiment=experiment_name, offline=True)
+    numbers = {}
+    for label, protocol, *values in result.rows:
+        for title, value in zip(result.columns[2:], values):
+            if isinstance(value, Number) and value.value is not None:
+                # MLflow takes no other characters.
+                numbers[re.sub(r"[^\w\-. /]", "-", f"{protocol}/{label}/{title}")] = value.value
+    if numbers:
+        finished = int(result.facts["cells"].split()[0])
+        tracker.log(numbers, step=finished)
+    tracker.close("FINISHED")
+    delivered = answering(config.tracking, NullRunFolder(run.path)) == config.tracking and went_through(
+        lambda: deliver(run.path)
+    )
+    run.log(
+        f"recorded in {without_password(uri)}, experiment {experiment_name}"
+        if delivered
+        else f"MLflow at {without_password(uri)} did not take the table: python -m trainer.tracking sync {run.path} "
+        "delivers it later"
+    )
 
 
 def opened(config: ReproduceConfig, console: Console) -> RunFolder | NullRunFolder:
@@ -438,38 +540,42 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         protocol = partitions.build.protocol
         return Subject(shown, partitions, classes=protocol.known, class_names=model.card.class_names)
 
-    found = Evaluation({})
+    found, tested = Evaluation({}), {}
     for name, wanted in cell.variant.measures.items():
         evaluation = wanted.evaluator(subject(wanted.logits, wanted.features))
+        tested[name] = evaluation.tested
         if wanted.course:
             evaluation = joined(evaluation, course_of(wanted, cell, model, partitions))
         found = joined(found, evaluation.prefixed(name))
     with replacing(folder / "arrays.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, **found.arrays)
     trained, asked = read_json(folder / "metrics.json", "metrics"), read_json(folder / "config.json", "configuration")
-    tested = [partitions.build.record(name).count for name in ("test_known", "test_unknown") if name in partitions]
     record = {
         "request": cell.request,
         "numbers": found.numbers,
         "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],
-        "test_images": sum(tested),
+        "test_images": tested,
         "train_seconds": trained["train_seconds"],
         "commit": asked["commit"] or "not in a checkout",
         "hardware": provenance()["hardware"],
         "versions": provenance()["versions"],
     }
     write_json(folder / "evaluation.json", record)
+    # The model is kept; the states on the way to it, with the optimizer's memory, have served.
+    checkpoint.discard(folder)
 
 
 def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
     """What the evaluator finds at the checkpoints that were kept: arrays course/epoch (T,) and course/NUMBER (T,)."""
-    rows = []
+    rows: list[dict[str, float]] = []
     for epoch, weights in checkpoint.encoders(cell.config.folder).items():
         load_encoder(model.encoder, weights)
         numbers = wanted.evaluator(Subject(FeatureModel.of(model, wanted.features), partitions)).numbers
         rows.append({"epoch": epoch, **numbers})
+    if not rows:
+        raise InputError(f"{cell.config.folder} was measured before, and its checkpoints are gone: add --restart")
     load_encoder(model.encoder, cell.config.folder / "model" / "encoder.safetensors")
     return Evaluation({}, arrays={f"course/{name}": np.array([row[name] for row in rows]) for name in rows[0]})
 
@@ -528,19 +634,28 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
                 lines.append((row.label, protocol, *found, *effort(own)))
     marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
     done = [record for record in (cell.record() for cell in cells) if record]
-    tested = {cell.protocol.name: cell.record()["test_images"] for cell in cells if cell.record()}
+    tested: dict[str, dict[str, int]] = {}
+    for cell, record in ((cell, cell.record()) for cell in cells):
+        if record:
+            tested.setdefault(cell.protocol.name, {}).update(record["test_images"])
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
         title=chosen.title,
+        budget=config.budget,
         caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
         "published: what the paper prints.",
         columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
         rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
-        notes=(*(f"* {label}: {mark}." for label, mark in marks.items()), *chosen.notes),
-        figures=pictures(config.experiment, cells),
+        notes=(
+            *(f"* {label}: {mark}." for label, mark in marks.items()),
+            *chosen.notes,
+            *intervals_note(lines),
+            *schedules(cells),
+        ),
+        figures=pictures(config.experiment, config.budget, cells),
         facts={
             "command": config.command,
-            "test images": ", ".join(f"{name} {count:,}" for name, count in tested.items()) or NONE,
+            "test images": "; ".join(f"{name} {counted(by)}" for name, by in tested.items()) or NONE,
             "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
             **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
@@ -548,17 +663,70 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
     )
 
 
+def counted(images: Mapping[str, int]) -> str:
+    """How many test images each measure had; one number where all had as many."""
+    if len(set(images.values())) == 1:
+        return f"{next(iter(images.values())):,}"
+    return ", ".join(f"{count:,} ({measure})" for measure, count in images.items())
+
+
+def schedules(cells: Sequence[Cell]) -> list[str]:
+    """How long, and with which weights, the variants are trained on each protocol, and what is known to differ."""
+    trained: dict[str, dict[str, list[str]]] = {}
+    for cell in cells:
+        variants = trained.setdefault(schedule_text(cell.config), {}).setdefault(cell.protocol.name, [])
+        if cell.variant.name not in variants:
+            variants.append(cell.variant.name)
+    lines = []
+    for text, protocols in trained.items():
+        # Protocols whose variants are the same are named together.
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for protocol, variants in protocols.items():
+            groups.setdefault(tuple(variants), []).append(protocol)
+        who = "; ".join(f"{', '.join(variants)} on {', '.join(names)}" for variants, names in groups.items())
+        lines.append(f"Trained for {text}: {who}.")
+    configs = [cell.config for cell in cells]
+    return lines + [remark for applies, remark in REMARKS if any(map(applies, configs))]
+
+
+def schedule_text(config: TrainConfig) -> str:
+    """The epochs of each stretch, with θ and λ where the objective has them."""
+    stretches = []
+    for epochs, objective in config.schedule:
+        weights = f" of θ = {objective.theta:g}, λ = {objective.lam:g}" if hasattr(objective, "theta") else ""
+        stretches.append(f"{epochs} {'epoch' if epochs == 1 else 'epochs'}{weights}")
+    return ", then ".join(stretches)
+
+
+def intervals_note(lines: Sequence[Sequence[Any]]) -> list[str]:
+    """What the intervals are, if there are any."""
+    if not any(cell.interval for line in lines for cell in line if isinstance(cell, Number)):
+        return []
+    return [
+        "± is the standard deviation over runs. The interval below a number is of drawing the test images anew: of one "
+        "run its 95 % bootstrap interval, of several their mean more and less the mean half-width of their intervals."
+    ]
+
+
 def cells_of(row: Row, protocol: str, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if (cell.variant.name, cell.protocol.name) == (row.variant, protocol)]
 
 
 def number_of(column: Column, row: Row, cells: Sequence[Cell], paper: Mapping[str, float]) -> Number:
-    """Mean and spread of what a row's cells measured, a single one's confidence interval, and what the paper prints."""
+    """Mean and spread of what a row's cells measured, its interval, and what the paper prints.
+
+    The interval of a single cell is its own; of several, the mean more and less the mean half-width of theirs.
+    """
     name, scale = column.of(row), 100.0 if column.percent else 1.0
     records = [record for record in (cell.record() for cell in cells) if record]
     values = [scale * record["numbers"][name] for record in records]
-    interval = records[0]["intervals"].get(name) if len(records) == 1 else None
-    low, high = (scale * end for end in interval) if interval else (None, None)
+    low = high = None
+    intervals = [record["intervals"][name] for record in records if name in record["intervals"]]
+    if len(intervals) == 1 == len(records):
+        low, high = (scale * end for end in intervals[0])
+    elif intervals:
+        half = statistics.fmean(scale * (high - low) / 2 for low, high in intervals)
+        low, high = statistics.fmean(values) - half, statistics.fmean(values) + half
     return Number(
         value=statistics.fmean(values) if values else None,
         spread=statistics.stdev(values) if len(values) > 1 else None,
@@ -579,54 +747,73 @@ def effort(cells: Sequence[Cell]) -> list[str | None]:
     return [runs, " or ".join(images), str(records[0]["epochs"]), duration(seconds)]
 
 
-def pictures(name: str, cells: Sequence[Cell]) -> dict[str, Figure]:
-    """For each protocol: the first column as bars, what each kind of evaluator has to show of one cell of each row, and
-    the course of training."""
+def pictures(name: str, budget: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+    """For each protocol: the first column of all rows, what each kind of evaluator has to show of one run of each row,
+    and the course of training."""
     chosen, drawn = experiment(name), {}
     for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
         rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
         if rows:
-            bars = bar_figure(name, rows, protocol, cells)
+            numbers = numbers_figure(name, rows, protocol, cells)
             others = {column.measure for column in chosen.columns} - {None}
-            found = evaluator_figures(rows, others, protocol, cells)
-            shown = {"bars": bars, **found, **course_figures(rows, protocol, cells)}
-            drawn |= {f"{protocol.replace('+', '-')}_{title}": figure for title, figure in shown.items()}
+            run, members = same_run(rows, protocol, cells)
+            found = {**evaluator_figures(members, others), **course_figures(members)}
+            for figure in found.values():
+                # Beside the title of a figure of many axes, above that of a single one.
+                title = ": ".join(filter(None, (figure.get_suptitle(), f"{protocol}, {run}")))
+                figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+            for title, figure in {"numbers": numbers, **found}.items():
+                mean = "Mean over all runs. " if figure is numbers else ""
+                plots.with_note(figure, f"{mean}Budget {budget}.")
+                drawn[f"{protocol.replace('+', '-')}_{title}"] = figure
     return drawn
 
 
-def bar_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
-    chosen, bars = experiment(name), {}
+def same_run(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> tuple[str, dict[Row, Cell]]:
+    """The split and seed that most of the rows have finished, the first of several, and their cells of it. Rows beside
+    each other in one picture are of the same images and start from the same random numbers."""
+    runs: dict[tuple[int, int], dict[Row, Cell]] = {}
+    for row in rows:
+        for cell in cells_of(row, protocol, cells):
+            if cell.record():
+                runs.setdefault((cell.config.split, cell.config.seed), {})[row] = cell
+    # In the plan's order, whichever row came first.
+    planned = dict.fromkeys((cell.config.split, cell.config.seed) for cell in cells)
+    split, seed = max((run for run in planned if run in runs), key=lambda run: len(runs[run]))
+    return f"split {split}, seed {seed}", runs[split, seed]
+
+
+def numbers_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
+    chosen, found = experiment(name), {}
     column = chosen.columns[0]
     for row in rows:
         paper = published(name)["rows"].get(row.label, {}).get(protocol, {})
-        bars[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
-    ends = [None if bar.spread is None else (bar.value - bar.spread, bar.value + bar.spread) for bar in bars.values()]
-    return plots.grouped_bars(
-        list(bars),
-        {column.title: [bar.value for bar in bars.values()]},
+        found[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
+    ends = [None if n.spread is None else (n.value - n.spread, n.value + n.spread) for n in found.values()]
+    return plots.grouped_points(
+        list(found),
+        {column.title: [each.value for each in found.values()]},
         errors={column.title: ends} if any(ends) else None,
-        published=[bar.published for bar in bars.values()],
+        published=[each.published for each in found.values()],
         title=f"{chosen.title}: {protocol}",
         label=f"{column.title} (percent)" if column.percent else column.title,
     )
 
 
-def evaluator_figures(rows: Sequence[Row], others: set[str], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+def evaluator_figures(shown: Mapping[Row, Cell], others: set[str]) -> dict[str, Figure]:
     """The rows side by side, one cell of each, by their own measure and by `others`; those of one kind share their
     pictures."""
     kinds: dict[type, dict[str, Evaluation]] = {}
     evaluators = {}
-    for row in rows:
-        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
+    for row, cell in shown.items():
         for name in {row.measure: None, **dict.fromkeys(others)}:
-            evaluator = first.variant.measures[name].evaluator
+            evaluator = cell.variant.measures[name].evaluator
             evaluators.setdefault(type(evaluator), evaluator)
-            kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(first, name)
+            kinds.setdefault(type(evaluator), {})[row.label] = evaluation_of(cell, name)
     figures = {}
     for kind, evaluations in kinds.items():
         for title, figure in present(evaluators[kind], evaluations).figures.items():
-            if not title.startswith("scores"):  # a histogram a row is too much
-                figures[f"{kind.__name__}_{title}"] = figure
+            figures[f"{kind.__name__}_{title}"] = figure
     return figures
 
 
@@ -639,12 +826,11 @@ def evaluation_of(cell: Cell, measure_name: str) -> Evaluation:
     return Evaluation({n.removeprefix(prefix): v for n, v in numbers.items() if n.startswith(prefix)}, arrays=arrays)
 
 
-def course_figures(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> dict[str, Figure]:
+def course_figures(shown: Mapping[Row, Cell]) -> dict[str, Figure]:
     courses: dict[str, dict[str, list[float]]] = {}
     epochs: list[float] = []
-    for row in rows:
-        first = next(cell for cell in cells_of(row, protocol, cells) if cell.record())
-        arrays = evaluation_of(first, row.measure).arrays
+    for row, cell in shown.items():
+        arrays = evaluation_of(cell, row.measure).arrays
         for name in arrays:
             if name.startswith("course/") and name != "course/epoch":
                 epochs = arrays["course/epoch"].tolist()
