@@ -144,7 +144,7 @@ def test_a_killed_driver_goes_on_and_a_killed_trial_is_tried_again(cluster, trac
 
     def second_is_under_way() -> bool:
         lengths = sorted(map(len, sweep.reports().values()))
-        return len(lengths) == 2 and lengths[1] == 12 and lengths[0] >= 2
+        return len(lengths) >= 2 and lengths[-1] == 12 and lengths[-2] >= 2
 
     sweep.wait(second_is_under_way, "second trial")
     assert "killed" in cluster.hosts.run("n1", "pkill", "-9", "-e", "-f", "[s]weep.py --protocol").stdout
