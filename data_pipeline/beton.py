@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,6 +63,8 @@ class Manifest:
     write_mode: WriteMode
     quality: int
     class_names: tuple[str, ...]
+    storage: Literal["ffcv", "safetensors"] = "ffcv"
+    """ffcv, or safetensors for what `data_pipeline.export` wrote."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
     """By partition: train, calibration, test_known and, where there are unknown classes, test_unknown."""
 
@@ -104,7 +106,7 @@ class Build:
         size = path.stat().st_size
         if size != record.bytes:
             raise InputError(f"{path} has {size} bytes, {MANIFEST} says {record.bytes}: truncated; build it again")
-        if size <= _CHECKSUM_LIMIT and _sha256(path) != record.sha256:
+        if size <= _CHECKSUM_LIMIT and sha256(path) != record.sha256:
             raise InputError(f"{path} does not match its checksum in {MANIFEST}: damaged or foreign; build it again")
         return path
 
@@ -126,7 +128,8 @@ class Build:
                 raise InputError(f"{path} is not the file that {MANIFEST} describes: build the folder again")
 
     def _path(self, partition: str) -> Path:
-        return self.folder / f"{partition}.beton"
+        suffix = "beton" if self.manifest.storage == "ffcv" else self.manifest.storage
+        return self.folder / f"{partition}.{suffix}"
 
 
 def folder_name(protocol: Protocol, encoding: Encoding) -> str:
@@ -295,7 +298,7 @@ def _write_file(
         class_counts=tuple(counts.tolist()),
         skipped=skipped,
         bytes=path.stat().st_size,
-        sha256=_sha256(path),
+        sha256=sha256(path),
     )
 
 
@@ -347,6 +350,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

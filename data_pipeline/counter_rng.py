@@ -1,8 +1,8 @@
 """Random numbers as a pure function of where they are used: Philox-4x32-10 (Salmon et al., SC 2011) in PyTorch.
 
 There is no generator state to save, restore or keep in step over ranks: the numbers of a sample depend on the seed, the
-epoch, the sample's index and the purpose, and on nothing else. The integers equal those of Triton's `tl.philox`, so a
-kernel draws the same numbers.
+epoch, the sample's index and the purpose, and on nothing else. `uniforms` has two bodies of the very same results, the
+Triton kernel of `counter_rng_kernels` and the plain PyTorch below; `data_pipeline.dispatch` says which runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from data_pipeline.dispatch import use_triton
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -54,8 +56,26 @@ def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 def uniforms(seed: int, epoch: int, indices: Tensor, stream: Stream, count: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 (N, count), one row for each of `indices` (N,) int64.
 
-    `stream` keeps the purposes apart.
+    `stream` keeps the purposes apart. `seed` is within 0 to 2⁶³ − 1, `epoch` within 0 to 2³¹ − 1.
     """
+    return torch.ops.gradmix.uniforms(seed, epoch, indices, stream, count)
+
+
+@torch.library.custom_op("gradmix::uniforms", mutates_args=())
+def _uniforms(seed: int, epoch: int, indices: Tensor, stream: int, count: int) -> Tensor:
+    body = _uniforms_in_pytorch
+    if use_triton(indices):
+        # Here, since it imports Triton, which a machine without a GPU need not have.
+        from data_pipeline.counter_rng_kernels import uniforms as body
+    return body(seed, epoch, indices, stream, count)
+
+
+@_uniforms.register_fake
+def _(seed: int, epoch: int, indices: Tensor, stream: int, count: int) -> Tensor:
+    return torch.empty((len(indices), count), device=indices.device)
+
+
+def _uniforms_in_pytorch(seed: int, epoch: int, indices: Tensor, stream: int, count: int) -> Tensor:
     blocks = (count + 3) // 4
     index = indices.to(torch.int64).unsqueeze(1)
     block = torch.arange(blocks, device=indices.device).unsqueeze(0)

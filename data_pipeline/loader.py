@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.beton import Build
@@ -168,10 +169,16 @@ def open_loader(
     Args:
         accumulation: how many of them make one step of the optimizer; an epoch has no part of a step.
         cache: keep the decoded images on the device, stream them, or decide: resident if they take at most a quarter of
-            the memory that is free there.
+            the memory that is free there. An export is always resident.
     """
+    build = partitions.build
+    exported = build.manifest.storage != "ffcv"
+    if exported and cache == "stream":
+        raise InputError(
+            f"{build.folder} is an export, which is read whole: leave out --cache stream, or build it here"
+        )
     if cache == "auto":
-        cache = "resident" if partitions.fits("train") else "stream"
+        cache = "resident" if exported or partitions.fits("train") else "stream"
     kind = ResidentLoader if cache == "resident" else StreamLoader
     return kind(partitions, batch_size, seed=seed, rank=rank, world_size=world_size, accumulation=accumulation)
 
@@ -179,6 +186,9 @@ def open_loader(
 def load_all(build: Build, partition: str, *, device: torch.device, workers: int = 1) -> Batch:
     """All images of a partition, in the file's order, as one batch on the device."""
     count = build.record(partition).count
+    if build.manifest.storage == "safetensors":
+        file = load_file(build.file(partition), device=str(device))
+        return Batch(file["images"], file["labels"], torch.arange(count, device=device))
     file = _FFCVFile(build, partition, min(_DECODE_BATCH, count), device, workers)
     batches = list(file.read(np.arange(count)))
     return Batch(*(torch.cat(parts) for parts in zip(*batches)))

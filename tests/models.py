@@ -14,7 +14,7 @@ from data_pipeline.files import write_json
 from data_pipeline.loader import Partitions
 from trainer.config import EncoderConfig, recipe
 from trainer.encoder import Encoder
-from trainer.evaluate import build_model
+from trainer.recognition import build_model
 from trainer.registry import OpenSetModel, register
 from trainer.tracking import JournalTracker
 

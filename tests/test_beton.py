@@ -209,7 +209,7 @@ def test_an_interrupted_build_leaves_no_rubbish_and_no_thread(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     before = threading.active_count()
-    monkeypatch.setattr(beton, "_sha256", interrupt)
+    monkeypatch.setattr(beton, "sha256", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(BuildConfig(protocol="digits", out=tmp_path), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == [".digits-0-16px-raw.lock"]

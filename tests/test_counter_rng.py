@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from data_pipeline.counter_rng import philox, uniforms
+from tests.triton_support import RecordingKernel, compile_for_hopper, run_checks
 
 
 def words(seed: int, *counter: int) -> list[int]:
@@ -51,3 +53,26 @@ def test_uniform_in_the_half_open_interval():
     assert (draws.std(0) - 12**-0.5).abs().max() < 0.003
     correlation = torch.corrcoef(draws.T) - torch.eye(5)
     assert correlation.abs().max() < 0.01
+
+
+def test_the_kernel_in_tritons_interpreter():
+    run_checks("counter_rng_kernel_checks.py", interpreted=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_on_the_gpu():
+    run_checks("counter_rng_kernel_checks.py", interpreted=False)
+
+
+def test_the_kernel_compiles_for_a_gpu(monkeypatch):
+    kernels = pytest.importorskip("data_pipeline.counter_rng_kernels")
+    recorded = RecordingKernel(kernels._uniforms_kernel)
+    monkeypatch.setattr(kernels, "_uniforms_kernel", recorded)
+    kernels.uniforms(2**40, 3, torch.arange(50), 1, 31)
+    assert compile_for_hopper(recorded, recorded.launches[0]).asm["cubin"]
+
+
+def test_torch_compile_takes_the_operation_whole():
+    compiled = torch.compile(lambda indices, epoch: 2 * uniforms(1, epoch, indices, 0, 5), fullgraph=True)
+    assert torch.equal(compiled(torch.arange(9), 4), 2 * uniforms(1, 4, torch.arange(9), 0, 5))

@@ -17,10 +17,11 @@ from data_pipeline.loader import Partitions
 from trainer.attribution_maps import Coverage
 from trainer.config import EncoderConfig, recipe
 from trainer.encoder import Encoder
-from trainer.evaluate import EvaluateConfig, build_model, evaluate, measure
+from trainer.evaluate import EvaluateConfig, evaluate, measure
 from trainer.evaluators import BootstrapConfig, FeatureModel, OpenSet, Subject
 from trainer.linear_probe import LinearProbe
 from trainer.metrics import auroc
+from trainer.recognition import build_model
 from trainer.registry import OpenSetModel
 from trainer.robustness import AdversarialAttacks, CommonCorruptions
 

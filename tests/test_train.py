@@ -20,7 +20,8 @@ from data_pipeline.protocols import Protocol
 from trainer import checkpoint
 from trainer.config import EncoderConfig, MixingConfig, MoCoConfig, TrackingConfig, TrainConfig, recipe
 from trainer.engine import join_ranks, micro_batch_size, read_deepspeed_config
-from trainer.evaluate import EvaluateConfig, evaluate, evaluate_open_set
+from trainer.evaluate import EvaluateConfig, evaluate
+from trainer.recognition import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 from trainer.train import Trainer, train
 

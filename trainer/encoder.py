@@ -161,6 +161,15 @@ def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, st
     return nn.Sequential(first, *(block(out_channels, planes) for _ in range(depth - 1)))
 
 
+def compile_stages(encoder: Encoder) -> None:
+    """Let torch.compile fuse what lies between the convolutions, stage by stage: the feature maps between stages, whose
+    gradients attribution needs, stay tensors of their own."""
+    # Stages and batch shapes are variants of one piece of code to the compiler, which gives up after eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for stage in (encoder.stem, *encoder.stages):
+        stage.compile(dynamic=False)
+
+
 @torch.no_grad()
 def encode(encoder: Encoder, views: Tensor, batch_size: int = 512) -> Encoded:
     """Embeddings, and logits if there are any, of views (B, C, H, W), B ≥ 1, with the encoder in evaluation mode, which

@@ -131,6 +131,8 @@ def make_engine(
         # Ours is a plain PyTorch optimizer by choice, which DeepSpeed otherwise calls untested with ZeRO.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        # Its throughput timer would make the host wait for the device at every step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         **deepspeed_config,
     }
     try:
@@ -152,11 +154,14 @@ def make_engine(
 
 
 def _optimizer(encoder: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    parameters = list(encoder.parameters())
+    fused = parameters[0].is_cuda  # one launch for all weights
     # The schedule below multiplies this rate; it is the one place that decides it.
     if config.name == "adam":
-        return torch.optim.Adam(encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(
-        encoder.parameters(),
+        parameters,
+        fused=fused,
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=config.momentum > 0,

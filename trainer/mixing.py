@@ -6,6 +6,7 @@ group is one; and with groups of eight, an image's partner does not depend on ho
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from trainer.config import MixingConfig
 from trainer.gradmix import gradmix_views
 
 PARTNER_GROUP = 8
+_STEPS_AT_ONCE = 256
 
 
 class Mixed(NamedTuple):
@@ -35,6 +37,7 @@ class Mixed(NamedTuple):
     partner: Tensor
 
 
+@functools.lru_cache(maxsize=8)
 def partners(n: int, device: torch.device) -> Tensor:
     """For each of N images another one (N,): the next within its group of eight, the last group taking what is left.
 
@@ -53,10 +56,17 @@ def draw_gamma(config: MixingConfig, indices: Tensor, *, seed: int, epoch: int, 
     """γ ~ U(γ_min, γ_max): one number for the step, or one per image (N,)."""
     if config.gamma_per == "step":
         # On the host: a number in the loss and in the patch's size costs no synchronisation.
-        draw = uniforms(seed, epoch, torch.tensor([step]), Stream.GAMMA, 1).item()
+        draw = _step_draws(seed, epoch, step // _STEPS_AT_ONCE)[step % _STEPS_AT_ONCE]
         return config.gamma_min + (config.gamma_max - config.gamma_min) * draw
     draw = uniforms(seed, epoch, indices, Stream.GAMMA, 1).squeeze(1)
     return config.gamma_min + (config.gamma_max - config.gamma_min) * draw
+
+
+@functools.lru_cache(maxsize=2)
+def _step_draws(seed: int, epoch: int, block: int) -> list[float]:
+    """The uniform numbers of a block of steps, since drawing one takes as long as drawing all."""
+    steps = torch.arange(block * _STEPS_AT_ONCE, (block + 1) * _STEPS_AT_ONCE)
+    return uniforms(seed, epoch, steps, Stream.GAMMA, 1).squeeze(1).tolist()
 
 
 def mix(

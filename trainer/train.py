@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,11 +40,11 @@ from trainer.attribution import PeakStore, first_view_gradients, frozen_statisti
 from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig, recipe
 from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
-from trainer.encoder import Encoder, load_encoder
+from trainer.encoder import Encoder, compile_stages, load_encoder
 from trainer.engine import autocast_dtype, join_ranks, make_engine, micro_batch_size, read_deepspeed_config
-from trainer.evaluate import build_model, evaluate_open_set, metrics_table
 from trainer.methods import Method, method_of
 from trainer.mixing import Mixed, draw_gamma, mix, partners
+from trainer.recognition import build_model, evaluate_open_set, metrics_table
 from trainer.registry import register
 from trainer.roll_call import roll_call
 from trainer.tracking import (
@@ -97,6 +97,8 @@ class Trainer:
             total_steps=round(steps_per_epoch * config.total_epochs),
             warmup_steps=round(steps_per_epoch * config.optimizer.warmup_epochs),
         )
+        if config.compile:
+            compile_stages(self.engine.module)
 
         dtype = self.autocast_dtype
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
@@ -562,8 +564,11 @@ def open_tracker(config: TrainConfig, run: RunFolder | NullRunFolder, uri: str) 
 
 def versions() -> dict[str, str]:
     """What this run was computed with."""
-    packages = ("torch", "torchvision", "deepspeed", "ffcv", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "deepspeed", "ffcv", "triton", "numpy"):
+        with suppress(metadata.PackageNotFoundError):  # an exported build needs no ffcv
+            found[name] = metadata.version(name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
 from trainer.engine import micro_batch_size
-from trainer.evaluate import evaluate_open_set
+from trainer.recognition import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model, move_alias
 from trainer.tracking import (
     JournalTracker,

@@ -21,7 +21,7 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.distributed import from_first_rank, rank
 from trainer.engine import join_ranks
-from trainer.evaluate import build_model, evaluate_open_set
+from trainer.recognition import build_model, evaluate_open_set
 from trainer.tracking import JournalTracker, NullTracker, Tracker
 from trainer.train import Trainer, portable_encoder, run_identity, training_epochs
 from tuning.space import SearchSpace
