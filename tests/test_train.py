@@ -339,6 +339,7 @@ def test_the_users_deepspeed_file_is_used_and_may_not_contradict(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "optimizer": "auto"}))
     read = read_deepspeed_config(path, torch.device("cpu"))
     assert read == {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}
+    assert read_deepspeed_config(None, torch.device("cpu"))["gradient_clipping"] == 0.0
     path.write_text(json.dumps({"train_batch_size": 64}))
     with pytest.raises(InputError, match="sets train_batch_size"):
         read_deepspeed_config(path, torch.device("cpu"))

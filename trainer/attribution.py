@@ -86,7 +86,7 @@ class PeakStore:
     def update(self, indices: Tensor, places: Tensor) -> None:
         """Remember `places` (N, P, 2) for `indices` (N,); NaN forgets."""
         self.places[indices] = places
-        self._updated[indices] = True
+        self._updated.index_fill_(0, indices, True)
 
     def state(self) -> dict[str, Tensor]:
         return {"places": self.places}

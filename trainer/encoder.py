@@ -108,6 +108,21 @@ class Encoder(nn.Module):
         return Encoded(F.normalize(pooled.float(), dim=1), maps, *self.classifier(pooled))
 
 
+class EveryNthPixel(nn.Module):
+    """(N, C, H, W) to every `stride`-th row and column of it.
+
+    Before a 1×1 convolution it is the same as that of this stride, whose backward pass in oneDNN (PyTorch 2.11) writes
+    past its memory for channels-last inputs of 64 pixels and fewer than 12 channels.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, :, :: self.stride, :: self.stride]
+
+
 class LinearClassifier(nn.Linear):
     """Features (B, D) to logits (B, classes) float32, and no margins."""
 
@@ -150,10 +165,8 @@ def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, st
     out_channels = planes * block.expansion
     shortcut = None
     if stride != 1 or in_channels != out_channels:
-        # Every second pixel, then 1×1: the same as a 1×1 convolution of stride 2, whose backward pass in oneDNN
-        # (PyTorch 2.11) writes past its memory for channels-last inputs of 64 pixels and fewer than 12 channels.
         shortcut = nn.Sequential(
-            nn.AvgPool2d(1, stride=stride),
+            EveryNthPixel(stride),
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )

@@ -40,6 +40,8 @@ def join_ranks() -> torch.device:
     device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
     if device.type != "cpu":
         accelerator.set_device(device.index)
+        # Steps repeat few shapes: for each the fastest convolution is looked for once.
+        torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -55,13 +57,14 @@ def _rank_from_slurm() -> None:
 
 
 def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, Any]:
-    """The user's DeepSpeed JSON, or the built-in one: ZeRO 0, bfloat16 on a GPU and float32 on a CPU.
+    """The user's DeepSpeed JSON, or the built-in one: ZeRO 0, bfloat16 on a GPU and float32 on a CPU. Gradients are
+    clipped only where a file says so, though DeepSpeed itself would clip them to a norm of 1.
 
     Batch size, optimizer and schedule belong to the training configuration; a file that sets them is refused. Low
     precision is PyTorch's autocast, whichever section asks for it: weights and batch-norm statistics stay float32.
     """
     if path is None:
-        config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+        config: dict[str, Any] = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
         return config if device.type == "cpu" else {**config, "torch_autocast": _autocast("bfloat16")}
     if not path.is_file():
         raise InputError(f"there is no DeepSpeed configuration {path}: correct --deepspeed-config")
@@ -86,6 +89,7 @@ def read_deepspeed_config(path: Path | None, device: torch.device) -> dict[str, 
         raise InputError(
             f"{path} sets ZeRO stage {stage}; set it to 0, 1 or 2: the networks here are too small to be split"
         )
+    config.setdefault("gradient_clipping", 0.0)
     accumulation = config.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
         raise InputError(f"{path} sets gradient_accumulation_steps to {accumulation}; set it to 1 or more")

@@ -106,7 +106,8 @@ def objective(
         if len(views) == 3:
             pairs = [(1, 2)] if config.anchors == "other" else [(1, 2), (0, 2)]
             losses = [
-                _pair_losses(views[list(pair)], keys[list(pair)], config.temperature, share, partner) for pair in pairs
+                _pair_losses(_pick(views, pair), _pick(keys, pair), config.temperature, share, partner)
+                for pair in pairs
             ]
             gradmix = (gamma**2 * torch.stack(losses).mean(dim=0)).mean()
     return Objective(config.theta * supcon + config.lam * (simclr + gradmix), supcon, simclr, gradmix)
@@ -204,6 +205,11 @@ def reciprocal_loss(logits: Tensor, margins: Tensor, labels: Tensor, config: ARP
     classification = F.cross_entropy(logits / config.temperature, targets, label_smoothing=config.label_smoothing)
     open_space = (margins.gather(1, targets.unsqueeze(1)) + 1.0).relu().mean()
     return ReciprocalLoss(classification + config.weight * open_space, classification, open_space)
+
+
+def _pick(views: Tensor, pair: tuple[int, int]) -> Tensor:
+    """Two of the views (V, N, D). Indexing with a list would copy it to the device, and the host would wait."""
+    return torch.stack([views[number] for number in pair])
 
 
 def _gather_views(views: Tensor) -> Tensor:
