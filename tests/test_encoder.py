@@ -12,7 +12,7 @@ import torchvision
 
 from data_pipeline.errors import InputError
 from trainer.config import EncoderConfig
-from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
+from trainer.encoder import Encoder, compile_stages, embed, encode, load_encoder, save_encoder
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50"])
@@ -125,3 +125,25 @@ def test_a_classifier_stands_in_place_of_the_head(classifier, tmp_path):
     assert torch.equal(twin.eval()(views).logits, encoder(views).logits)
     with pytest.raises(InputError, match=r"holds another encoder.*--method"):
         load_encoder(Encoder(config, 1), tmp_path / "encoder.safetensors")
+
+
+def test_compiled_stages_compute_the_same_and_leave_the_maps_their_gradients():
+    torch.manual_seed(0)
+    config = EncoderConfig(width=4, hidden_dim=8, embedding_dim=6)
+    plain, compiled = Encoder(config, 3), Encoder(config, 3)
+    compiled.load_state_dict(plain.state_dict())
+    graphs = []
+    compile_stages(compiled, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for size in (48, 32, 40):
+        views = torch.randn(size, 3, 16, 16)
+        gradients = []
+        for encoder in (plain, compiled):
+            encoded = encoder(views, ("conv4_2", "conv5_2"))
+            for feature_map in encoded.maps.values():
+                feature_map.retain_grad()
+            (encoded.embeddings * torch.arange(6.0)).sum().backward()
+            gradients.append([feature_map.grad for feature_map in encoded.maps.values()])
+        for ours, theirs in zip(*gradients):
+            torch.testing.assert_close(ours, theirs)
+    assert len(graphs) == 5  # the stem and four stages, whatever the batch size
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -8,7 +8,7 @@ nor a width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +61,13 @@ class Encoder(nn.Module):
         super().__init__()
         block, depths = _DEPTHS[config.architecture]
         if config.stem == "small":
-            self.stem = nn.Sequential(
+            self.stem = Stage(
                 nn.Conv2d(channels, config.width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(config.width),
                 nn.ReLU(inplace=True),
             )
         else:
-            self.stem = nn.Sequential(
+            self.stem = Stage(
                 nn.Conv2d(channels, config.width, 7, stride=2, padding=3, bias=False),
                 nn.BatchNorm2d(config.width),
                 nn.ReLU(inplace=True),
@@ -106,6 +106,15 @@ class Encoder(nn.Module):
         if self.classifier is None:
             return Encoded(F.normalize(self.head(pooled).float(), dim=1), maps)
         return Encoded(F.normalize(pooled.float(), dim=1), maps, *self.classifier(pooled))
+
+
+class Stage(nn.Sequential):
+    """Layers one after the other, which torch.compile takes as a whole, as it does not PyTorch's own class."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self:
+            features = layer(features)
+        return features
 
 
 class EveryNthPixel(nn.Module):
@@ -161,7 +170,7 @@ class ReciprocalPoints(nn.Module):
 _CLASSIFIERS = {"linear": LinearClassifier, "reciprocal": ReciprocalPoints}
 
 
-def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
+def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, stride: int) -> Stage:
     out_channels = planes * block.expansion
     shortcut = None
     if stride != 1 or in_channels != out_channels:
@@ -171,16 +180,26 @@ def _stage(block: type[nn.Module], in_channels: int, planes: int, depth: int, st
             nn.BatchNorm2d(out_channels),
         )
     first = block(in_channels, planes, stride, shortcut)
-    return nn.Sequential(first, *(block(out_channels, planes) for _ in range(depth - 1)))
+    return Stage(first, *(block(out_channels, planes) for _ in range(depth - 1)))
 
 
-def compile_stages(encoder: Encoder) -> None:
+def compile_stages(encoder: Encoder, backend: str = "inductor") -> None:
     """Let torch.compile fuse what lies between the convolutions, stage by stage: the feature maps between stages, whose
-    gradients attribution needs, stay tensors of their own."""
-    # Stages and batch shapes are variants of one piece of code to the compiler, which gives up after eight.
+    gradients attribution needs, stay tensors of their own. Batches of any size share what is compiled."""
+    # Stages are variants of one piece of code to the compiler, which gives up after eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for stage in (encoder.stem, *encoder.stages):
-        stage.compile(dynamic=False)
+        stage.forward = _compiled(stage.forward, backend)
+
+
+def _compiled(forward: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+    compiled = torch.compile(forward, backend=backend)
+
+    def call(features: Tensor) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(features, 0)
+        return compiled(features)
+
+    return call
 
 
 @torch.no_grad()
