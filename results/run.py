@@ -46,7 +46,7 @@ class RunConfig:
     """Folder of the run folders."""
     seconds: float = float("inf")
     """Start no training that, if it takes as long as the longest before it, would end later than so many seconds."""
-    features: bool = False
+    backbone: bool = False
     """Score also on the features below the projection head."""
 
 
@@ -64,14 +64,14 @@ def record(config: TrainConfig, seconds: float, features: dict[str, Any] | None)
             {name.removeprefix("train/"): round(value, 4) for name, value in c["metrics"].items()} for c in curve
         ],
     }
-    return kept if features is None else {**kept, "on_features": features}
+    return kept if features is None else {**kept, "on_backbone": features}
 
 
 def features_result(config: TrainConfig, partitions: Partitions) -> dict[str, Any]:
-    """The same measurement with the features' direction as the embedding, without the projection head."""
-    encoder = load_model(str(config.folder / "model"), partitions.device).encoder
-    encoder.head, encoder.embedding_dim = torch.nn.Identity(), encoder.head[0].in_features
-    return evaluate_open_set(build_model(encoder, partitions, config), partitions, config.ks)
+    """The same measurement on the features below the projection head."""
+    encoder = load_model(str(config.folder / "model"), device=partitions.device).encoder
+    model = build_model(encoder, partitions, dataclasses.replace(config, score_on="backbone"))
+    return evaluate_open_set(model, partitions, config.ks)
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
         except InputError as error:
             console.print(f"{entry['name']}: {error}")
             continue
-        features = features_result(wanted, opened[key]) if config.features else None
+        features = features_result(wanted, opened[key]) if config.backbone else None
         took = time.perf_counter() - started - so_far
         longest = max(longest, took)
         kept = record(wanted, took, features)
@@ -109,8 +109,8 @@ def main() -> None:
 def summary(kept: dict[str, Any]) -> str:
     parts = [f"AUROC {' '.join(f'{k}:{100 * v:.2f}' for k, v in kept['auroc'].items())}"]
     parts.append(f"accuracy {100 * max(kept['closed_set_accuracy'].values()):.2f}")
-    if "on_features" in kept:
-        parts.append(f"features {' '.join(f'{k}:{100 * v:.2f}' for k, v in kept['on_features']['auroc'].items())}")
+    if "on_backbone" in kept:
+        parts.append(f"backbone {' '.join(f'{k}:{100 * v:.2f}' for k, v in kept['on_backbone']['auroc'].items())}")
     return ", ".join(parts)
 
 

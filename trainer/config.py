@@ -21,6 +21,7 @@ from data_pipeline.views import ViewConfig
 
 Layer = Literal["conv3_2", "conv4_2", "conv5_2"]
 Architecture = Literal["resnet18", "resnet34", "resnet50"]
+Features = Literal["embedding", "backbone"]
 Classifier = Literal["linear", "reciprocal"]
 """What makes logits of features: weights and a bias for each class, or a reciprocal point (ARPL)."""
 
@@ -317,6 +318,9 @@ class TrainConfig:
     init_from: Path | None = None
     """encoder.safetensors of another run to start from."""
 
+    score_on: Features = "embedding"
+    """What the score compares: the embedding, which the losses see, or the backbone's pooled features below the
+    projection head. A classifier has no head."""
     k: int = 10
     """Neighbours per class in the score of the registered model; 1 or more."""
     ks: tuple[int, ...] = (1, 5, 10, 50)
@@ -414,8 +418,8 @@ class TrainConfig:
         `trainer.train.run_identity`."""
         free = {
             "data", "run_dir", "restart", "cache", "workers", "evaluate_every", "checkpoint_every",
-            "checkpoint_minutes", "keep_checkpoints", "log_every", "tracking", "k", "ks", "accept", "deepspeed_config",
-            "compile", "init_from", "method",
+            "checkpoint_minutes", "keep_checkpoints", "log_every", "tracking", "score_on", "k", "ks", "accept",
+            "deepspeed_config", "compile", "init_from", "method",
         }  # fmt: skip
         return {name: value for name, value in self.to_dict().items() if name not in free}
 

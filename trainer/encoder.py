@@ -88,6 +88,7 @@ class Encoder(nn.Module):
             )
         else:
             self.classifier = _CLASSIFIERS[classifier](in_channels, classes)
+        self.features_dim = in_channels
         self.embedding_dim = config.embedding_dim if classifier is None else in_channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -104,8 +105,13 @@ class Encoder(nn.Module):
         pooled = features.mean(dim=(2, 3))
         # Similarities at a temperature of 0.05 need more than bfloat16's eight bits.
         if self.classifier is None:
-            return Encoded(F.normalize(self.head(pooled).float(), dim=1), maps)
+            embeddings = pooled if self.head is None else self.head(pooled)
+            return Encoded(F.normalize(embeddings.float(), dim=1), maps)
         return Encoded(F.normalize(pooled.float(), dim=1), maps, *self.classifier(pooled))
+
+    def drop_head(self) -> None:
+        """Do without the projection head: the embedding becomes the direction of the pooled features."""
+        self.head, self.embedding_dim = None, self.features_dim
 
 
 class Stage(nn.Sequential):

@@ -27,6 +27,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch
 from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
+from trainer.config import Features
 from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.encoder import Encoded
 from trainer.metrics import (
@@ -39,8 +40,6 @@ from trainer.metrics import (
     two_nn,
 )
 from trainer.registry import OpenSetModel
-
-Features = Literal["embedding", "backbone"]
 
 TEMPERATURE = 0.05
 """τ of the paper: what a mean cosine similarity is divided by to make a logit of it."""

@@ -20,7 +20,8 @@ from trainer.registry import ModelCard, OpenSetModel
 
 
 def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -> OpenSetModel:
-    """A model from a trained encoder: training images become its gallery, calibration images set its threshold."""
+    """A model from a trained encoder, which it takes over: training images become its gallery, calibration images set
+    its threshold."""
     manifest, protocol = partitions.build.manifest, partitions.build.protocol
     card = ModelCard(
         protocol=protocol.to_dict(),
@@ -36,7 +37,10 @@ def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -
         accept=config.accept,
         method=config.method,
         classifier=config.objective.classifier,
+        features=config.score_on,
     )
+    if config.score_on == "backbone" and config.objective.classifier is None:
+        encoder.drop_head()
     train = partitions["train"]
     model = OpenSetModel(card, encoder, train.images.new_empty((0, encoder.embedding_dim)), train.labels)
     model.gallery_ids = partitions.build.names("train")

@@ -31,7 +31,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
 from data_pipeline.protocols import UNKNOWN
 from data_pipeline.views import render_plain
-from trainer.config import Classifier, EncoderConfig, check_alias
+from trainer.config import Classifier, EncoderConfig, Features, check_alias
 from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 from trainer.open_set import Scores, class_scores, neighbours, score
 from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
@@ -62,6 +62,8 @@ class ModelCard:
     method: str = "gradmix"
     """What trained the encoder, by its name in `trainer.config.METHODS`."""
     classifier: Classifier | None = None
+    features: Features = "embedding"
+    """What the score compares; "backbone": the encoder has no projection head."""
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -203,6 +205,8 @@ class OpenSetModel:
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
         card = ModelCard.from_dict(read_json(folder / "model.json", "model"))
         encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
+        if card.features == "backbone":
+            encoder.drop_head()
         load_encoder(encoder, folder / "encoder.safetensors")
         gallery = load_file(folder / "gallery.safetensors", device=str(device))
         # Models of earlier versions have neither of these.
