@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline import cli
 from data_pipeline.beton import find_build
-from data_pipeline.errors import InputError
 from data_pipeline.files import read_json, write_json
 from data_pipeline.loader import Partitions
 from trainer.config import TrainConfig
@@ -46,72 +45,76 @@ class RunConfig:
     """Folder of the run folders."""
     seconds: float = float("inf")
     """Start no training that, if it takes as long as the longest before it, would end later than so many seconds."""
-    backbone: bool = False
-    """Score also on the features below the projection head."""
 
 
-def record(config: TrainConfig, seconds: float, features: dict[str, Any] | None) -> dict[str, Any]:
+class Runner:
+    """Trains and measures, one configuration after the other, in this process."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.device, self.console = config, join_ranks(), Console(soft_wrap=True)
+        self._started, self._longest = time.perf_counter(), 0.0
+        self._partitions: tuple[tuple[str, int], Partitions] | None = None
+        config.out.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, arguments: str) -> dict[str, Any] | None:
+        """What is kept of the run (`record`), after writing it; None if there is no time left for it."""
+        path = self.config.out / f"{name}.json"
+        if path.exists():
+            return read_json(path, "result")
+        begun = time.perf_counter()
+        if begun - self._started + self._longest > self.config.seconds:
+            self.console.print(f"{name}: no time left")
+            return None
+        given = [*arguments.split(), "--data", str(self.config.data), "--tracking.offline"]
+        config = dataclasses.replace(parse_config(given), run_dir=self.config.work / name)
+        partitions = self._open(config.protocol, config.split)
+        train(config, None, partitions)
+        # On the features below the head as well, whichever of the two the model itself compares.
+        encoder = load_model(str(config.folder / "model"), device=self.device).encoder
+        model = build_model(encoder, partitions, dataclasses.replace(config, score_on="backbone"))
+        backbone = evaluate_open_set(model, partitions, config.ks)
+        took = time.perf_counter() - begun
+        self._longest = max(self._longest, took)
+        kept = {**record(config), "on_backbone": backbone, "wall_seconds": took}
+        write_json(path, kept)
+        kept = read_json(path, "result")
+        self.console.print(f"{name}: {took:.1f} s, trained {kept['train_seconds']:.1f} s, {summary(kept)}")
+        return kept
+
+    def _open(self, protocol: str, split: int) -> Partitions:
+        """The images of one build at a time."""
+        if self._partitions is None or self._partitions[0] != (protocol, split):
+            build = find_build(self.config.data, protocol, split)
+            self._partitions = (protocol, split), Partitions(build, self.device)
+        return self._partitions[1]
+
+
+def record(config: TrainConfig) -> dict[str, Any]:
     """What is kept of a finished run."""
     written = read_json(config.folder / "config.json", "configuration")
-    lines = (config.folder / "journal.jsonl").read_text().splitlines()
-    curve = [line for line in map(json.loads, lines) if "train/total" in line["metrics"]]
-    kept = {
+    epochs = map(json.loads, (config.folder / "journal.jsonl").read_text().splitlines())
+    curve = [epoch["metrics"] for epoch in epochs if "train/total" in epoch["metrics"]]
+    return {
         **read_json(config.folder / "metrics.json", "metrics"),
-        "wall_seconds": seconds,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         **{key: written[key] for key in ("split_hash", "commit", "versions", "config")},
-        "curve": [
-            {name.removeprefix("train/"): round(value, 4) for name, value in c["metrics"].items()} for c in curve
-        ],
+        "curve": [{name.removeprefix("train/"): round(value, 4) for name, value in epoch.items()} for epoch in curve],
     }
-    return kept if features is None else {**kept, "on_backbone": features}
 
 
-def features_result(config: TrainConfig, partitions: Partitions) -> dict[str, Any]:
-    """The same measurement on the features below the projection head."""
-    encoder = load_model(str(config.folder / "model"), device=partitions.device).encoder
-    model = build_model(encoder, partitions, dataclasses.replace(config, score_on="backbone"))
-    return evaluate_open_set(model, partitions, config.ks)
+def summary(kept: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{where} AUROC {' '.join(f'{k}:{100 * v:.2f}' for k, v in result['auroc'].items())} "
+        f"accuracy {100 * max(result['closed_set_accuracy'].values()):.2f}"
+        for where, result in (("embedding", kept), ("backbone", kept["on_backbone"]))
+    )
 
 
 def main() -> None:
     config = cli.parse(RunConfig, prog="python results/run.py", description=__doc__.split("\n")[0])
-    plan = read_json(config.plan, "plan")
-    device, console = join_ranks(), Console(soft_wrap=True)
-    opened: dict[tuple[str, int], Partitions] = {}
-    started, longest = time.perf_counter(), 0.0
-    config.out.mkdir(parents=True, exist_ok=True)
+    plan, run = read_json(config.plan, "plan"), Runner(config)
     for entry in plan:
-        path = config.out / f"{entry['name']}.json"
-        so_far = time.perf_counter() - started
-        if path.exists() or so_far + longest > config.seconds:
-            console.print(f"{entry['name']}: {'there' if path.exists() else 'no time left'}")
-            continue
-        arguments = [*entry["args"].split(), "--data", str(config.data), "--tracking.offline"]
-        wanted = dataclasses.replace(parse_config(arguments), run_dir=config.work / entry["name"])
-        key = (wanted.protocol, wanted.split)
-        if key not in opened:
-            opened.clear()  # the images of one build at a time
-            opened[key] = Partitions(find_build(config.data, *key), device)
-        try:
-            train(wanted, None, opened[key])
-        except InputError as error:
-            console.print(f"{entry['name']}: {error}")
-            continue
-        features = features_result(wanted, opened[key]) if config.backbone else None
-        took = time.perf_counter() - started - so_far
-        longest = max(longest, took)
-        kept = record(wanted, took, features)
-        write_json(path, kept)
-        console.print(f"{entry['name']}: {took:.1f} s, trained {kept['train_seconds']:.1f} s, {summary(kept)}")
-
-
-def summary(kept: dict[str, Any]) -> str:
-    parts = [f"AUROC {' '.join(f'{k}:{100 * v:.2f}' for k, v in kept['auroc'].items())}"]
-    parts.append(f"accuracy {100 * max(kept['closed_set_accuracy'].values()):.2f}")
-    if "on_backbone" in kept:
-        parts.append(f"backbone {' '.join(f'{k}:{100 * v:.2f}' for k, v in kept['on_backbone']['auroc'].items())}")
-    return ", ".join(parts)
+        run(entry["name"], entry["args"])
 
 
 if __name__ == "__main__":
