@@ -20,10 +20,10 @@ def auroc(kept: dict[str, Any]) -> float:
     return max(kept["auroc"]["10"], kept["on_backbone"]["auroc"]["10"])
 
 
-def main() -> None:
-    config = cli.parse(RunConfig, prog="python results/choose.py", description=__doc__.split("\n")[0])
-    given, run = read_json(config.plan, "list of variants"), Runner(config)
-    arguments, best, steps = given["base"], -1.0, []
+def choose(given: dict[str, Any], run: Runner) -> str:
+    """The arguments that were kept, those of the base left out."""
+    base = arguments = given["base"]
+    best, steps = -1.0, []
     for variant in [{"name": "base", "args": ""}, *given["variants"]]:
         tried = f"{arguments} {variant['args']}".strip()
         kept = run(variant["name"], tried)
@@ -33,11 +33,16 @@ def main() -> None:
         steps.append({**variant, "auroc": auroc(kept), "kept": better})
         if better:
             arguments, best = tried, auroc(kept)
-        chosen = arguments.removeprefix(given["base"]).strip()
-        write_json(config.out / "choice.json", {"base": given["base"], "steps": steps, "chosen": chosen})
-        run.console.print(
-            f"    {'kept' if better else 'dropped'}; best so far {100 * best:.2f}: {chosen or 'the base'}"
-        )
+        chosen = arguments.removeprefix(base).strip()
+        write_json(run.config.out / "choice.json", {"base": base, "steps": steps, "chosen": chosen})
+        outcome = "kept" if better else "dropped"
+        run.console.print(f"    {outcome}; best so far {100 * best:.2f}: {chosen or 'the base'}")
+    return arguments.removeprefix(base).strip()
+
+
+def main() -> None:
+    config = cli.parse(RunConfig, prog="python results/choose.py", description=__doc__.split("\n")[0])
+    choose(read_json(config.plan, "list of variants"), Runner(config))
 
 
 if __name__ == "__main__":
