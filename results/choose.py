@@ -1,4 +1,4 @@
-"""`python results/choose.py VARIANTS.json --data DATA --out FOLDER`: a recipe, one change after the other.
+"""`python -m results.choose VARIANTS.json --data DATA --out FOLDER`: a recipe, one change after the other.
 
 The file holds `{"base": "…", "variants": [{"name": …, "args": "…"}, …]}`, the args those of `trainer.train`. Each
 variant is added to what was kept so far, trained, and kept if the AUROC at k = 10 is higher than before, on the
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from run import RunConfig, Runner
-
 from data_pipeline import cli
 from data_pipeline.files import read_json, write_json
+from results.run import RunConfig, Runner
 
 
 def auroc(kept: dict[str, Any]) -> float:
@@ -41,7 +40,7 @@ def choose(given: dict[str, Any], run: Runner) -> str:
 
 
 def main() -> None:
-    config = cli.parse(RunConfig, prog="python results/choose.py", description=__doc__.split("\n")[0])
+    config = cli.parse(RunConfig, prog="python -m results.choose", description=__doc__.split("\n")[0])
     choose(read_json(config.plan, "list of variants"), Runner(config))
 
 

@@ -1,4 +1,4 @@
-"""`python results/run.py PLAN.json --data DATA --out FOLDER`: the trainings of a plan, a small JSON file for each.
+"""`python -m results.run PLAN.json --data DATA --out FOLDER`: the trainings of a plan, a small JSON file for each.
 
 They run in one process, one after the other, and share the decoded images and what torch.compile made. One whose file
 is there is not run again. A plan is a list of `{"name": …, "args": "…"}`, the args those of `trainer.train`.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline import cli
 from data_pipeline.beton import find_build
@@ -111,7 +108,7 @@ def summary(kept: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    config = cli.parse(RunConfig, prog="python results/run.py", description=__doc__.split("\n")[0])
+    config = cli.parse(RunConfig, prog="python -m results.run", description=__doc__.split("\n")[0])
     plan, run = read_json(config.plan, "plan"), Runner(config)
     for entry in plan:
         run(entry["name"], entry["args"])

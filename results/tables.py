@@ -1,0 +1,198 @@
+"""`python -m results.tables`: rebuild the tables and figures of RESULTS.md from the JSON files beside this script.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; what is between them is replaced. `--check` changes nothing
+and fails if that would change something.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import cli
+from data_pipeline.errors import InputError
+from trainer import plots
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "RESULTS.md"
+ARMS = {"gradmix": "GradMix", "supcon+simclr": "without mixing"}
+SPACES = {"backbone": "on_backbone", "embedding": None}
+Row = Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """What to do with the page."""
+
+    check: bool = False
+    """Only say whether the page is what the files give."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def markdown(header: Row, rows: Sequence[Row]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean(values: Sequence[float]) -> str:
+    """Percent, with the standard deviation over splits where there are several."""
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.2f}{spread}"
+
+
+def of_space(run: dict[str, Any], space: str) -> dict[str, Any]:
+    return run if SPACES[space] is None else run[SPACES[space]]
+
+
+def arms(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm, by split; splits that not every arm has are left out."""
+    splits = [{path.stem.rsplit("-split", 1)[1] for path in folder.glob(f"{arm}-split*.json")} for arm in ARMS]
+    both = sorted(set.intersection(*splits), key=int)
+    return {arm: [read(folder / f"{arm}-split{split}.json") for split in both] for arm in ARMS}
+
+
+def splits_table(folder: Path) -> str:
+    """AUROC for every k, OSCR and accuracy of each arm, mean over splits."""
+    runs = arms(folder)
+    ks = list(next(iter(runs.values()))[0]["auroc"])
+    rows = []
+    for arm, name in ARMS.items():
+        for space in SPACES:
+            found = [of_space(run, space) for run in runs[arm]]
+            rows.append(
+                [
+                    f"{name}, {space}",
+                    *(mean([run["auroc"][k] for run in found]) for k in ks),
+                    mean([run["oscr"]["10"] for run in found]),
+                    mean([run["closed_set_accuracy"]["10"] for run in found]),
+                ]
+            )
+    header = ["scored on", *(f"AUROC, k = {k}" for k in ks), "OSCR, k = 10", "accuracy, k = 10"]
+    return markdown(header, rows)
+
+
+def each_split_table(folder: Path) -> str:
+    """AUROC and accuracy at k = 10 on the backbone, split by split."""
+    runs, rows = arms(folder), []
+    for split, pair in enumerate(zip(*runs.values())):
+        cells = [str(split)]
+        for run in pair:
+            found = run["on_backbone"]
+            cells += [f"{100 * found['auroc']['10']:.2f}", f"{100 * found['closed_set_accuracy']['10']:.2f}"]
+        rows.append([*cells, *(f"{run['train_seconds']:.0f}" for run in pair)])
+    names = list(ARMS.values())
+    header = ["split", *(f"{what}, {name}" for name in names for what in ("AUROC", "accuracy"))]
+    return markdown([*header, *(f"seconds, {name}" for name in names)], rows)
+
+
+def selection_table(folder: Path) -> str:
+    """What was tried on pseudo-open classes, in order."""
+    rows = []
+    for step in read(folder / "choice.json")["steps"]:
+        run = read(folder / f"{step['name']}.json")
+        rows.append(
+            [
+                f"`{step['args']}`" if step["args"] else "the paper's values",
+                *(f"{100 * of_space(run, space)['auroc']['10']:.2f}" for space in SPACES),
+                f"{100 * run['on_backbone']['closed_set_accuracy']['10']:.2f}",
+                "kept" if step["kept"] else "dropped",
+            ]
+        )
+    header = ["added to what was kept", *(f"AUROC, {space}" for space in SPACES), "accuracy, backbone", ""]
+    return markdown(header, rows)
+
+
+def speed_table(path: Path) -> str:
+    run = read(path)
+    batch, times = run["config"]["batch_size"], run["milliseconds"]
+    views = {"encoder alone, two views": 2, "SimCLR step": 2}
+    rows = [
+        [name, f"{time:.2f}", f"{batch / time * 1e3:,.0f}", f"{views.get(name, 3) * batch / time * 1e3:,.0f}"]
+        for name, time in times.items()
+    ]
+    return markdown(["", "ms a step", "images/s", "views/s"], rows)
+
+
+def where_time_goes_table(path: Path) -> str:
+    run = read(path)
+    rows = [[name, f"{time:.2f}"] for name, time in run["kernel_milliseconds"].items()]
+    rows += [
+        ["all kernels", f"{run['all_kernels']:.2f}"],
+        ["floor of the arithmetic", f"{run['floor_arithmetic_milliseconds']:.2f}"],
+        ["floor of the bytes", f"{run['floor_bytes_milliseconds']:.2f}"],
+    ]
+    return markdown(["GradMix step", "ms"], rows)
+
+
+def figures(folder: Path) -> None:
+    """AUROC over k, and the loss over epochs."""
+    runs = arms(folder)
+    ks = [int(k) for k in next(iter(runs.values()))[0]["auroc"]]
+    by_k = {
+        f"{name}, {space}": [
+            100 * statistics.fmean(of_space(run, space)["auroc"][str(k)] for run in runs[arm]) for k in ks
+        ]
+        for arm, name in ARMS.items()
+        for space in SPACES
+    }
+    losses = {
+        f"{name}, {part}": [statistics.fmean(values) for values in zip(*curves)]
+        for arm, name in ARMS.items()
+        for part in ("supcon", "simclr")
+        if (curves := [[epoch[part] for epoch in run["curve"]] for run in runs[arm]])
+    }
+    epochs = range(1, len(next(iter(losses.values()))) + 1)
+    plots.save_figures(
+        {
+            "auroc_over_k": plots.lines(
+                ks, by_k, title="CIFAR-10, mean of the splits", x_label="k", y_label="AUROC (percent)",
+                logarithmic=True, markers=True,
+            ),
+            "losses": plots.lines(
+                epochs, losses, title="CIFAR-10, mean of the splits", x_label="epoch", y_label="training loss"
+            ),
+        },
+        folder,
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": lambda: speed_table(HERE / "speed" / "step-1024-compiled.json"),
+    "where time goes": lambda: where_time_goes_table(HERE / "speed" / "step-1024-compiled.json"),
+    "selection": lambda: selection_table(HERE / "cifar10" / "selection"),
+    "cifar10": lambda: splits_table(HERE / "cifar10"),
+    "cifar10 by split": lambda: each_split_table(HERE / "cifar10"),
+}
+
+
+def rebuilt(page: str) -> str:
+    """The page with every table made anew."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        if page.count(start) != 1:
+            raise InputError(f"{PAGE.name} has {page.count(start)} places for the table {name!r}: let it have one")
+        before, rest = page.split(start)
+        page = before + start + table() + end + rest.split(end, 1)[1]
+    return page
+
+
+def main() -> None:
+    config = cli.parse(TablesConfig, prog="python -m results.tables", description=__doc__.split("\n")[0])
+    page = PAGE.read_text(encoding="utf-8")
+    new = rebuilt(page)
+    if config.check and new != page:
+        raise InputError(f"{PAGE.name} is not what the files give: run python -m results.tables")
+    if not config.check:
+        PAGE.write_text(new, encoding="utf-8")
+        figures(HERE / "cifar10")
+
+
+if __name__ == "__main__":
+    cli.run(main)
