@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from trainer.experiments import EXPERIMENTS, Measure, Variant, experiment
 from trainer.plan import ReproduceConfig, plan
 from trainer.registry import OpenSetModel
 from trainer.reproduce import reproduce
+from trainer.train import Trainer
 
 DIGITS = "digits-0-16px-raw-600images"
 
@@ -90,9 +94,10 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     assert found.value == pytest.approx(statistics.fmean(values))
     assert found.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     # The run's own metrics, at k = 10, are the same number found another way.
-    own = json.loads((config.path / "gradmix-digits-0-seed0" / "metrics.json").read_text())
+    runs = {cell.name: cell.config.folder for cell in plan(config)}
+    own = json.loads((runs["gradmix-digits-0-seed0"] / "metrics.json").read_text())
     assert 100 * own["auroc"]["10"] == pytest.approx(values[0], abs=1e-2)
-    classifier = json.loads((config.path / "cross_entropy-digits-0-seed0" / "metrics.json").read_text())
+    classifier = json.loads((runs["cross_entropy-digits-0-seed0"] / "metrics.json").read_text())
     by_gallery = json.loads((config.path / "cross_entropy-digits-0-seed0" / "evaluation.json").read_text())["numbers"]
     assert classifier["auroc"]["10"] == pytest.approx(by_gallery["osr/auroc"], abs=1e-4)
     assert by_gallery["max_logit/auroc"] != by_gallery["osr/auroc"]
@@ -118,7 +123,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     } <= result.figures.keys()
 
     # The states on the way have served.
-    assert not list(config.path.rglob("step-*"))
+    assert not list(config.folder.rglob("step-*"))
     cell, part = plan(config)[0], Partitions(read_build(tmp_path / "data" / DIGITS), torch.device("cpu"))
     model = OpenSetModel.load(cell.config.folder / "model")
     accuracy = Measure(evaluator=ClosedSet(bootstrap=BootstrapConfig(resamples=0)), course=8)
@@ -168,11 +173,66 @@ def test_the_course_of_training_is_measured_and_its_checkpoints_go(monkeypatch):
     (cell,) = plan(config)
     assert (cell.config.checkpoint_every, cell.config.keep_checkpoints) == (1, 2)
     reproduce(config, output())
-    with np.load(cell.config.folder / "arrays.npz") as arrays:
+    with np.load(cell.folder / "arrays.npz") as arrays:
         assert arrays["osr/course/epoch"].tolist() == [1, 2]
         last = arrays["osr/course/closed_set_accuracy"][1]
     assert last == cell.record()["numbers"]["osr/closed_set_accuracy"]
     assert not (cell.config.folder / "checkpoints").exists()
+
+
+def test_tables_share_what_they_train_alike_and_finish_what_another_began(monkeypatch):
+    def table(name: str, *variants: str, **changes) -> ReproduceConfig:
+        chosen = {"protocols": ("digits",), "splits": (0,), "seeds": (0,), "budget": "smoke"}
+        return ReproduceConfig(experiment=name, variants=variants, **chosen, **changes)
+
+    def trainings() -> dict[str, dict]:
+        paths = Path("reproductions/trainings").glob("*/metrics.json")
+        return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+    # One table is stopped in the midst of a training, and another one asks for the same.
+    def stopped(trainer, batch, epoch, step, train_step=Trainer.train_step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, batch, epoch, step)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(Trainer, "train_step", stopped)
+        reproduce(table("figure2", "none"), output())
+    reproduce(table("table1", "supcon+simclr", "supcon"), output())
+    (shared,) = [cell.config.folder for cell in plan(table("figure2", "none"))]
+    assert "going on from" in (shared / "log.txt").read_text()
+    before = trainings()
+    assert len(before) == 2 and shared.name in before
+
+    # The first finds it finished: it measures, and trains nothing.
+    reproduce(table("figure2", "none", dry_run=True), console := output())
+    assert re.search(r"│ all +│ +│ 1 +│ 0 +│ 0 +│", console.export_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", None)
+        figure = reproduce(table("figure2", "none"), output())
+    assert trainings() == before
+    cells = [*plan(table("figure2", "none")), *plan(table("table1", "supcon+simclr"))]
+    one, other = (cell.record() for cell in cells)
+    common = one["numbers"].keys() & other["numbers"].keys()
+    assert "osr/auroc" in common and all(one["numbers"][name] == other["numbers"][name] for name in common)
+    assert one["trained_in"] == other["trained_in"] == str(shared) and one["train_seconds"] == other["train_seconds"]
+    row = figure.rows[0]
+    assert row[2].value == pytest.approx(100 * other["numbers"]["osr/auroc"]) and row[5:8] == ("1", "600", "2")
+
+    # Beginning again does so once for cells that share a run; what another table measured stays measured.
+    twice = dataclasses.replace(
+        experiment("table2"),
+        variants=tuple(dataclasses.replace(experiment("table2").variants[1], name=name) for name in ("a", "b")),
+        rows=(),
+    )
+    monkeypatch.setitem(EXPERIMENTS, "table2", lambda: twice)
+    begun = []
+    monkeypatch.setattr(
+        measure, "train", lambda c, *rest, train=measure.train: (begun.append(c.restart), train(c, *rest))
+    )
+    reproduce(table("table2", "a", "b", restart=True), output())
+    after = trainings()
+    assert begun == [True, False] and {name for name in after if after[name] != before[name]} == {shared.name}
+    assert all(cell.record() for cell in cells)
 
 
 def of_digits(protocol):

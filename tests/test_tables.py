@@ -29,6 +29,21 @@ def test_published_only_rows_come_first_and_measured_ones_keep_their_figures():
     assert any("splits of its own" in note for note in result.notes)
 
 
+def test_a_mark_stands_where_a_published_figure_is_shown():
+    config = ReproduceConfig(
+        experiment="table2", protocols=("cifar10", "tinyimagenet"), splits=(0,), variants=("cross_entropy",)
+    )
+    label = "maximum logit (Vaze et al. 2022)"
+    both = table_of(config, plan(config))
+    rows = {row[:2] for row in both.rows}
+    assert {(label, "cifar10"), (f"{label} *", "tinyimagenet")} <= rows
+    assert (f"{label} *", "cifar10") not in rows and any(label in note for note in both.notes)
+    # Nor is anything said about it where it is not.
+    config = dataclasses.replace(config, protocols=("cifar10",))
+    alone = table_of(config, plan(config))
+    assert (label, "cifar10") in {row[:2] for row in alone.rows} and not any(label in note for note in alone.notes)
+
+
 def test_cifar_runs_have_the_published_phases_and_the_table_says_how_long_each_was_trained():
     cells = plan(ReproduceConfig(experiment="table2", protocols=("mnist", "cifar10", "cifar+10"), splits=(0,)))
     phased = {(c.variant.name, c.protocol.name) for c in cells if c.config.phases == ("600:0:1", "10:1:1.2")}

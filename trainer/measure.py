@@ -24,7 +24,6 @@ from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.experiments import Measure
 from trainer.plan import Cell, ReproduceConfig
 from trainer.registry import OpenSetModel
-from trainer.report import provenance
 from trainer.train import train
 
 
@@ -72,18 +71,17 @@ class Data:
 
 
 def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
-    """Train and measure one cell; its numbers go to evaluation.json."""
+    """Train one cell, unless that is done, and measure it; its numbers go to evaluation.json."""
     # Somebody who watches sees a progress bar; the epochs of all cells would bury the table in a file.
     shown = console if console.is_terminal else None
-    if cell.config.restart:
-        from_first_rank(lambda: (cell.config.folder / "evaluation.json").unlink(missing_ok=True))
+    from_first_rank(lambda: (cell.folder / "evaluation.json").unlink(missing_ok=True))
     train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
     from_first_rank(lambda: measure(cell, partitions))
 
 
 def measure(cell: Cell, partitions: Partitions) -> None:
-    folder = cell.config.folder
-    model = OpenSetModel.load(folder / "model", partitions.device)
+    run = cell.config.folder
+    model = OpenSetModel.load(run / "model", partitions.device)
 
     @cache
     def subject(logits: str, features: Features | None) -> Subject:
@@ -103,11 +101,13 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         if wanted.course:
             evaluation = joined(evaluation, course_of(wanted, cell, model, partitions))
         found = joined(found, evaluation.prefixed(name))
-    with replacing(folder / "arrays.npz") as partial, partial.open("wb") as file:
+    with replacing(cell.folder / "arrays.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, **found.arrays)
-    trained, asked = read_json(folder / "metrics.json", "metrics"), read_json(folder / "config.json", "configuration")
+    trained, asked = read_json(run / "metrics.json", "metrics"), read_json(run / "config.json", "configuration")
+    versions = asked["versions"]
     record = {
         "request": cell.request,
+        "trained_in": str(run),
         "numbers": found.numbers,
         "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
@@ -115,12 +115,12 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         "test_images": tested,
         "train_seconds": trained["train_seconds"],
         "commit": asked["commit"] or "not in a checkout",
-        "hardware": provenance()["hardware"],
-        "versions": provenance()["versions"],
+        "hardware": asked["hardware"],
+        "versions": f"Python {versions['python']}, torch {versions['torch']}",
     }
-    write_json(folder / "evaluation.json", record)
+    write_json(cell.folder / "evaluation.json", record)
     # The model is kept; the states on the way to it, with the optimizer's memory, have served.
-    checkpoint.discard(folder)
+    checkpoint.discard(run)
 
 
 def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
@@ -145,7 +145,7 @@ def joined(one: Evaluation, other: Evaluation) -> Evaluation:
 def evaluation_of(cell: Cell, measure_name: str) -> Evaluation:
     """What a finished cell's measure found."""
     prefix = f"{measure_name}/"
-    with np.load(cell.config.folder / "arrays.npz") as stored:
+    with np.load(cell.folder / "arrays.npz") as stored:
         arrays = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
     numbers = cell.record()["numbers"]
     return Evaluation({n.removeprefix(prefix): v for n, v in numbers.items() if n.startswith(prefix)}, arrays=arrays)

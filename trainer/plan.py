@@ -1,9 +1,14 @@
-"""What `trainer.reproduce` is asked, and the cells of a table that it comes to: one for each model to measure."""
+"""What `trainer.reproduce` is asked, and the cells of a table that it comes to: one for each model to measure.
+
+Tables overlap: SupCon + SimCLR on a split of CIFAR-10 stands in five of them. What is trained alike is trained once, in
+a run folder that is named after everything that decides it, whichever table comes first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +48,11 @@ class ReproduceConfig:
     root: Path | None = None
     """Folder of the images, as for data_pipeline.build; several datasets may lie in sub-folders named after them."""
     folder: Path = Path("reproductions")
-    """Where run folders and tables go, below EXPERIMENT/BUDGET."""
+    """Where tables go, below EXPERIMENT/BUDGET, and the runs that they share, below trainings."""
     dry_run: bool = False
     """Say what would be done and about how long it takes, and do nothing."""
     restart: bool = False
-    """Discard what the cells' folders hold and compute everything again."""
+    """Discard what the table's cells hold, also the runs that other tables share, and compute everything again."""
     deepspeed_config: Path | None = None
     """DeepSpeed JSON, as for trainer.train."""
     workers: int = 1
@@ -80,40 +85,58 @@ class ReproduceConfig:
 
     @property
     def path(self) -> Path:
+        """The table's own folder."""
         return self.folder / self.experiment / self.budget
+
+    @property
+    def trainings(self) -> Path:
+        """The run folders, of all tables."""
+        return self.folder / "trainings"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to train and measure."""
+    """One model to train and measure. How it is trained says its `config`, whose run folder it may share with cells of
+    other tables; what is measured of it goes to a folder of its own."""
 
     variant: Variant
     protocol: Protocol
     config: TrainConfig
+    table: Path
+    """The table's folder."""
 
     @property
     def name(self) -> str:
         return f"{self.variant.name}-{self.protocol.name}-{self.config.split}-seed{self.config.seed}"
 
     @property
+    def folder(self) -> Path:
+        """Where its numbers are."""
+        return self.table / self.name
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether this or another cell has its model."""
+        return (self.config.folder / "metrics.json").is_file()
+
+    @property
     def request(self) -> dict[str, Any]:
         """What decides its numbers; a cell with other ones is computed again."""
-        deepspeed = self.config.deepspeed_config
         return {
             "training": self.config.identity,
-            "deepspeed": deepspeed and hashlib.sha256(deepspeed.read_bytes()).hexdigest(),
+            "deepspeed": _deepspeed_content(self.config),
             "measures": {name: repr(measure) for name, measure in self.variant.measures.items()},
             "split_hash": self.protocol.split_hash,
         }
 
     def record(self) -> dict[str, Any] | None:
         """Its numbers, if they were found earlier and all that they were found with is there, whole."""
-        folder = self.config.folder
+        arrays = self.folder / "arrays.npz"
         try:
-            record = read_json(folder / "evaluation.json", "evaluation")
+            record = read_json(self.folder / "evaluation.json", "evaluation")
         except InputError:
             return None
-        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(folder / "arrays.npz")
+        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(arrays)
         return record if whole and record["request"] == self.request else None
 
 
@@ -122,6 +145,24 @@ _RECORDED = {
     "versions",
 }  # fmt: skip
 """What a finished cell's `evaluation.json` says."""
+
+
+def training_name(config: TrainConfig, protocol: Protocol) -> str:
+    """Of a run folder: the same for trainings that do and leave the same, and for no others."""
+    left = ("k", "ks", "accept", "checkpoint_every", "keep_checkpoints")
+    decides = {
+        **config.identity,
+        **{name: getattr(config, name) for name in left},
+        "deepspeed": _deepspeed_content(config),
+        "split_hash": protocol.split_hash,
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{protocol.name}-{config.split}-seed{config.seed}-{digest[:12]}"
+
+
+def _deepspeed_content(config: TrainConfig) -> str | None:
+    path = config.deepspeed_config
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def plan(config: ReproduceConfig) -> list[Cell]:
@@ -149,11 +190,14 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                         trained,
                         split=split,
                         seed=seed,
-                        run_dir=config.path / f"{variant.name}-{name}-{split}-seed{seed}",
                         restart=config.restart,
                         deepspeed_config=config.deepspeed_config,
                         workers=config.workers,
                         tracking=config.tracking,
                     )
-                    cells.append(Cell(variant, dataclasses.replace(full, classes=classes), trained))
+                    protocol = dataclasses.replace(full, classes=classes)
+                    run_dir = config.trainings / training_name(trained, protocol)
+                    cells.append(
+                        Cell(variant, protocol, dataclasses.replace(trained, run_dir=run_dir), table=config.path)
+                    )
     return cells

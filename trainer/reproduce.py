@@ -2,11 +2,12 @@
 
 Builds, trains and evaluates what the experiment lists, for every protocol, split and seed, and prints the published
 figures beside the measured ones. The same command goes on where it stopped: a finished cell is not computed again, an
-unfinished one resumes from its checkpoint, a failed one is tried again.
+unfinished one resumes from its checkpoint, a failed one is tried again. What another table trained already is measured.
 
     reproductions/table2/short/config.json, log.txt         what was asked, what happened
-                               gradmix-cifar10-0-seed0/     each cell's run folder; evaluation.json has its numbers
+                               gradmix-cifar10-0-seed0/     each cell's numbers and arrays, and where it was trained
                                report.html, table.*         measured beside published; budget, hardware, commit
+                  trainings/cifar10-0-seed0-2f0c64e81b9d/   run folders, of all tables
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,10 +71,13 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         return None
     run = opened(config, console)
     data = Data(config, device, console)
-    failed, tracking = [], config.tracking
+    failed, tracking, begun = [], config.tracking, set[Path]()
     for number, cell in enumerate(todo, 1):
-        tracking = from_first_rank(partial(answering, tracking, run))
-        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking))
+        tracking = from_first_rank(partial(answering, config, tracking, run))
+        # A run that several of the cells share is begun again once.
+        restart = config.restart and cell.config.folder not in begun
+        begun.add(cell.config.folder)
+        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking, restart=restart))
         run.log(f"[{number}/{len(todo)}] {cell.name}, {config.budget} budget")
         try:
             compute(cell, data.of(cell.protocol), console)
@@ -103,14 +108,15 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
     return result
 
 
-def answering(tracking: TrackingConfig, run: RunFolder | NullRunFolder) -> TrackingConfig:
+def answering(config: ReproduceConfig, tracking: TrackingConfig, run: RunFolder | NullRunFolder) -> TrackingConfig:
     """`tracking`, from here on offline if its store does not answer: what is computed is worth more than where it is
     recorded, and can be delivered later."""
     if not tracking.offline:
         try:
             check_store(resolve_uri(tracking.uri))
         except InputError as error:
-            run.log(f"going on without MLflow; python -m trainer.tracking sync {run.path}/* delivers later ({error})")
+            later = f"python -m trainer.tracking sync {config.trainings}/* delivers later"
+            run.log(f"going on without MLflow; {later} ({error})")
             return dataclasses.replace(tracking, offline=True)
     return tracking
 
@@ -134,7 +140,7 @@ def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -
         finished = int(result.facts["cells"].split()[0])
         tracker.log(numbers, step=finished)
     tracker.close("FINISHED")
-    delivered = answering(config.tracking, NullRunFolder(run.path)) == config.tracking and went_through(
+    delivered = answering(config, config.tracking, NullRunFolder(run.path)) == config.tracking and went_through(
         lambda: deliver(run.path)
     )
     run.log(
@@ -161,25 +167,28 @@ def opened(config: ReproduceConfig, console: Console) -> RunFolder | NullRunFold
 def overview(config: ReproduceConfig, cells: Sequence[Cell], missing: set[str], device: torch.device) -> Table:
     """What will be done, and a rough estimate from one timed step of each network."""
     table = Table(
-        "variant", "protocol", "splits x seeds", "finished", "images", "epochs", "about",
+        "variant", "protocol", "splits x seeds", "finished", "to train", "images", "epochs", "about",
         title=f"{experiment(config.experiment).title}: {len(missing)} of {len(cells)} cells to compute, budget "
         f"{config.budget} ({BUDGETS[config.budget]})",
-        caption="Training time alone, from one timed step of each network on this machine, one process.",
+        caption="To train: without what another row or table trains. Training time alone, from one timed step of each "
+        "network on this machine, one process.",
     )  # fmt: skip
-    total, groups = 0.0, {}
+    total, groups, runs = 0.0, {}, set[Path]()
     for cell in cells:
         groups.setdefault((cell.variant.name, cell.protocol.name), []).append(cell)
     for (variant, protocol), members in groups.items():
         first, open_ = members[0], [cell for cell in members if cell.name in missing]
+        new = {cell.config.folder for cell in open_ if config.restart or not cell.is_trained} - runs
+        runs |= new
         images = training_images(first.protocol)
         views = images * first.config.total_epochs * (3 if first.config.mixing.kind != "none" else 2)
-        seconds = len(open_) * views * seconds_per_view(first, device) if open_ else 0.0
+        seconds = len(new) * views * seconds_per_view(first, device) if new else 0.0
         total += seconds
-        done = len(members) - len(open_)
-        epochs = str(first.config.total_epochs)
-        table.add_row(variant, protocol, str(len(members)), str(done), f"{images:,}", epochs, duration(seconds))
+        counts = map(str, (len(members), len(members) - len(open_), len(new)))
+        table.add_row(variant, protocol, *counts, f"{images:,}", str(first.config.total_epochs), duration(seconds))
     table.add_section()
-    table.add_row("all", "", str(len(cells)), str(len(cells) - len(missing)), "", "", duration(total))
+    counts = map(str, (len(cells), len(cells) - len(missing), len(runs)))
+    table.add_row("all", "", *counts, "", "", duration(total))
     return table
 
 

@@ -64,7 +64,8 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
                 paper = figures["rows"].get(row.label, {}).get(protocol, {})
                 found = [number_of(column, row, own, paper) for column in chosen.columns]
                 lines.append((row.label, protocol, *found, *effort(own)))
-    marks = {label: mark for label, mark in figures["marks"].items() if any(line[0] == label for line in lines)}
+    marked = [line for line in lines if line[0] in figures["marks"] and has_published(line)]
+    marks = {line[0]: figures["marks"][line[0]] for line in marked}
     done = [record for record in (cell.record() for cell in cells) if record]
     tested: dict[str, dict[str, int]] = {}
     for cell, record in ((cell, cell.record()) for cell in cells):
@@ -77,7 +78,7 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
         caption=f"Budget {config.budget}: {BUDGETS[config.budget]}. Mean ± standard deviation over runs; "
         "published: what the paper prints.",
         columns=("row", "protocol", *units, "runs", "train images", "epochs", "training"),
-        rows=tuple((f"{line[0]} *" if line[0] in marks else line[0], *line[1:]) for line in lines),
+        rows=tuple((f"{line[0]} *", *line[1:]) if line in marked else line for line in lines),
         notes=(
             *(f"* {label}: {mark}." for label, mark in marks.items()),
             *chosen.notes,
@@ -93,6 +94,11 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
         },
     )
+
+
+def has_published(line: Sequence[Any]) -> bool:
+    """Whether a row shows a published figure, of which alone a mark speaks."""
+    return any(isinstance(cell, Number) and cell.published is not None for cell in line)
 
 
 def counted(images: Mapping[str, int]) -> str:
