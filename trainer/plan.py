@@ -96,8 +96,8 @@ class ReproduceConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to train and measure. How it is trained says its `config`, whose run folder it may share with cells of
-    other tables; what is measured of it goes to a folder of its own."""
+    """One model to train and measure. Its `config` says how it is trained, in a run folder that cells of other tables
+    may share; what is measured goes to a folder of its own."""
 
     variant: Variant
     protocol: Protocol

@@ -81,6 +81,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
         run.log(f"[{number}/{len(todo)}] {cell.name}, {config.budget} budget")
         try:
             compute(cell, data.of(cell.protocol), console)
+            numbers = from_first_rank(partial(numbers_line, config.experiment, cell))
         except cli.Preempted:
             run.log(f"stopped by the system in {cell.name}: the same command goes on there")
             raise
@@ -93,7 +94,6 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
         else:
-            numbers = from_first_rank(partial(numbers_line, config.experiment, cell))
             run.log(f"{numbers} ({config.budget} budget)")
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
             continue
