@@ -112,6 +112,8 @@ class TableResult:
     def to_rich(self) -> Table:
         """For the terminal; interval and published number stand below a measured one."""
         table = Table(*map(escape, self.columns), title=escape(self.heading), caption=escape(self.caption) or None)
+        for column in table.columns:
+            column.overflow = "fold"  # on a narrow terminal nothing is left out
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
