@@ -70,27 +70,58 @@ def test_a_dozen_series_all_look_different(draw):
     assert len(looks) == len(drawn) == 12
 
 
-@pytest.mark.parametrize("draw", [plots.grouped_bars, plots.grouped_points])
-def test_groups_error_bars_and_published_values(draw):
-    figure = draw(
-        ["none", "cut_mix"],
-        {"CIFAR10": [85.0, 87.0], "TinyImageNet": [77.0, 78.5]},
-        errors={"CIFAR10": [(84.0, 85.5), None]},
-        published=[88.0, None],
-        title="Ablation",
-    )
-    axes = figure.axes[0]
-    bars = draw is plots.grouped_bars
-    points = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() in "os"]
-    assert [patch.get_height() for patch in axes.patches] == ([85.0, 87.0, 77.0, 78.5] if bars else [])
-    assert points == ([] if bars else [[85.0, 87.0], [77.0, 78.5]])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "cut mix"]
+GROUPS = {
+    "categories": ["none", "cut_mix"],
+    "series": {"CIFAR10": [85.0, 87.0], "TinyImageNet": [77.0, 78.5]},
+    "errors": {"CIFAR10": [(84.0, 85.5), None]},
+    "title": "Ablation",
+}
+
+
+def drawn_lines(axes, across: int) -> set[tuple[float, ...]]:
+    """Ends of error bars and published lines along one coordinate."""
     segments = [path.tolist() for collection in axes.collections for path in collection.get_segments()]
-    ends = {tuple(point[1] for point in segment) for segment in segments}
-    assert ends == {(84.0, 85.5), (87.0, 87.0), (88.0, 88.0)}
+    return {tuple(point[across] for point in segment) for segment in segments}
+
+
+def test_bars_with_error_bars_and_published_values():
+    figure = plots.grouped_bars(**GROUPS, published=[88.0, None])
+    axes = figure.axes[0]
+    assert [patch.get_height() for patch in axes.patches] == [85.0, 87.0, 77.0, 78.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "cut mix"]
+    assert drawn_lines(axes, 1) == {(84.0, 85.5), (87.0, 87.0), (88.0, 88.0)}
     low, high = axes.get_ylim()
-    assert (low == 0 if bars else 70 < low < 77) and 88 < high < (102 if bars else 92)
+    assert low == 0 and 88 < high < 102
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "CIFAR10", "TinyImageNet"]
+
+
+def test_points_with_error_bars_and_published_values():
+    figure = plots.grouped_points(**GROUPS, published=[88.0, None])
+    axes = figure.axes[0]
+    points = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() in "os"]
+    assert points == [[85.0, 87.0], [77.0, 78.5]] and not axes.patches and not axes.texts
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "cut mix"]
+    bottom, top = axes.get_ylim()
+    assert bottom > 1 > 0 > top  # the first category is the uppermost
+    assert drawn_lines(axes, 0) == {(84.0, 85.5), (87.0, 87.0), (88.0, 88.0)}
+    low, high = axes.get_xlim()
+    assert 70 < low < 77 and 88 < high < 92
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "CIFAR10", "TinyImageNet"]
+
+
+def test_published_values_far_off_do_not_hide_the_differences():
+    axes = plots.grouped_points(
+        ["a", "b", "c"], {"x": [45.0, 47.0, 46.0]}, published=[91.33, 48.5, 3.0], title="t"
+    ).axes[0]
+    low, high = axes.get_xlim()
+    assert 43 < low < 45 and 48.5 < high < 51
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [
+        ("published 91.33 →", (1, 0)), ("← published 3", (0, 2)),
+    ]  # fmt: skip
+    # Nor are the texts drawn over the points.
+    axes.figure.draw_without_rendering()
+    pixels = axes.transData.transform([(45.0, 0), (46.0, 2)])
+    assert axes.texts[0].get_window_extent().x0 > pixels[0][0] and axes.texts[1].get_window_extent().x1 < pixels[1][0]
 
 
 def test_bars_below_0_and_points_close_together():
@@ -98,11 +129,11 @@ def test_bars_below_0_and_points_close_together():
     low, high = plots.grouped_bars(["a", "b"], {"x": [99.88, 99.84]}, title="t").axes[0].get_ylim()
     assert low == 0 and high > 99.88
     axes = plots.grouped_points(["a", "b"], {"x": [99.88, 99.84]}, title="t").axes[0]
-    low, high = axes.get_ylim()
+    low, high = axes.get_xlim()
     assert 99.8 < low < 99.84 and 99.88 < high < 99.9
     axes.figure.draw_without_rendering()
-    assert axes.yaxis.get_offset_text().get_text() == ""  # ticks are the values themselves
-    assert plots.grouped_points(["a"], {"x": [None]}, title="t").axes[0].get_ylim() == (-1, 1)
+    assert axes.xaxis.get_offset_text().get_text() == ""  # ticks are the values themselves
+    assert plots.grouped_points(["a"], {"x": [None]}, title="t").axes[0].get_xlim() == (-1, 1)
 
 
 def test_bars_that_are_missing():

@@ -53,5 +53,5 @@ def test_detectors_are_points_on_an_axis_that_zooms():
     numbers = {f"{name}/{metric}": value for name, value in zip(names, (0.9988, 0.9984)) for metric in METRICS}
     axes = present(Detectors(names=names), {"a": Evaluation(numbers)}).figures["detectors"].axes[0]
     (points,) = axes.lines
-    np.testing.assert_allclose(points.get_ydata(), [99.88, 99.84])
-    assert len(axes.patches) == 0 and axes.get_ylim()[0] > 99.8 and axes.get_ylim()[1] < 99.9
+    np.testing.assert_allclose(points.get_xdata(), [99.88, 99.84])
+    assert len(axes.patches) == 0 and axes.get_xlim()[0] > 99.8 and axes.get_ylim()[1] < 99.9

@@ -113,6 +113,18 @@ def test_the_terminal(result):
         assert part in text
 
 
+def test_a_narrow_terminal_leaves_nothing_out():
+    columns = ("row", "protocol", *(f"drop at {severity}" for severity in range(1, 6)))
+    numbers = [Number(value=12.34)] * 5
+    table = TableResult(title="t", columns=columns, rows=(("with GradMix", "cifar10-closed", *numbers),))
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(table.to_rich())
+    text = console.export_text()
+    assert "…" not in text
+    cells = [line.split("│")[2].strip() for line in text.splitlines() if line.count("│") == 8]
+    assert "".join(cells) == "cifar10-closed" and text.count("12.34") == 5
+
+
 def test_markup_in_names_is_text():
     table = TableResult(title="[bold]t", columns=("[red]a", "b"), rows=(("[x]", "[/y]"),))
     console = Console(width=60, record=True, file=io.StringIO())

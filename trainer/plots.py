@@ -165,13 +165,35 @@ def grouped_bars(
         errors: for some labels, the ends (low, high) of each value's error bar, or None.
         published: for each category the published value, drawn as a line over the group, or None.
     """
-    groups = _Groups(categories, series, errors or {}, published or (), title, label)
-    for name, places, values, sides, look in groups.drawn({"hatch": ("", "///", "...", "xxx")}):
-        groups.axes.bar(
-            places, values, 0.92 * groups.width, yerr=sides, label=name, edgecolor="white", linewidth=0,
+    width = 1.2 + 0.36 * len(categories) * max(len(series), 2)
+    figure, axes = _axes(title, "", label, width=min(max(6.0, width), 16.0))
+    thickness, ends = 0.92 * 0.8 / max(len(series), 1), [0.0]
+    for name, places, values, sides, look in _groups(series, errors or {}, {"hatch": ("", "///", "...", "xxx")}):
+        axes.bar(
+            places, values, thickness, yerr=sides, label=name, edgecolor="white", linewidth=0,
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"}, **look,
         )  # fmt: skip
-    return groups.finished(from_zero=True)
+        ends += _ends(values, sides)
+    known = [(place, value) for place, value in enumerate(published or ()) if value is not None]
+    for place, value in known:
+        name = "published" if place == known[0][0] else None
+        axes.hlines(value, place - 0.42, place + 0.42, label=name, **_PUBLISHED)
+    ends += [value for _, value in known]
+    low, high = min(ends), max(ends)
+    margin = 0.15 * (high - low) or 1.0
+    axes.set_ylim(0.0 if low == 0 else low - margin, high + margin)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xticks(range(len(categories)), [_spaced(name) for name in categories])
+    axes.set_xlim(-0.6, len(categories) - 0.4)
+    if sum(map(len, categories)) > 9 * figure.get_figwidth():
+        axes.tick_params(axis="x", labelrotation=35)
+        for tick in axes.get_xticklabels():
+            tick.set_horizontalalignment("right")
+            tick.set_rotation_mode("anchor")
+    axes.grid(axis="x", visible=False)
+    if len(series) > 1 or known:
+        _legend_beside(figure, axes)
+    return figure
 
 
 @_styled
@@ -184,14 +206,66 @@ def grouped_points(
     title: str,
     label: str = "percent",
 ) -> Figure:
-    """As `grouped_bars`, but points on an axis that is zoomed to them: what is told by small differences, such as AUROC
-    of ablations or detectors."""
-    groups = _Groups(categories, series, errors or {}, published or (), title, label)
-    for name, places, values, sides, look in groups.drawn({"marker": ("o", "s", "^", "D")}):
-        groups.axes.errorbar(
-            places, values, yerr=sides, label=name, linestyle="none", markersize=5, elinewidth=1, capsize=2, **look
+    """A line of points for each category, below each other on an axis that is zoomed to them: what is told by small
+    differences, such as AUROC of ablations or detectors. The arguments are those of `grouped_bars`; a published value
+    farther off than the points are spread would hide their differences, and is written at the side."""
+    height = 1.4 + max(0.3, 0.2 * len(series)) * max(len(categories), 3)
+    figure, axes = _axes(title, label, "", height=height)
+    ends: list[float] = []
+    for name, places, values, sides, look in _groups(series, errors or {}, {"marker": ("o", "s", "^", "D")}):
+        axes.errorbar(
+            values, places, xerr=sides, label=name, linestyle="none", markersize=5, elinewidth=1, capsize=2, **look
         )
-    return groups.finished(from_zero=False)
+        ends += _ends(values, sides)
+    known = [(place, value) for place, value in enumerate(published or ()) if value is not None]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
+    reach = (high - low) or 2.0
+    near = [(place, value) for place, value in known if not ends or low - reach <= value <= high + reach]
+    for place, value in near:
+        name = "published" if place == near[0][0] else None
+        axes.vlines(value, place - 0.42, place + 0.42, label=name, **_PUBLISHED)
+    inside = [*ends, *(value for _, value in near)] or [0.0]
+    margin = 0.15 * (max(inside) - min(inside)) or 1.0
+    limits = [min(inside) - margin, max(inside) + margin]
+    for place, value in known:
+        if (place, value) not in near:
+            right = value > high
+            axes.text(
+                right, place, f"published {value:g} →" if right else f"← published {value:g}", va="center",
+                ha="right" if right else "left", transform=axes.get_yaxis_transform(), fontsize=8, color="#444444",
+            )  # fmt: skip
+            # Room for it beside the points.
+            limits[right] = max(inside) + 3 * margin if right else min(inside) - 3 * margin
+    axes.set_xlim(*limits)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.set_yticks(range(len(categories)), [_spaced(name) for name in categories])
+    axes.set_ylim(len(categories) - 0.4, -0.6)
+    if len(series) > 1 or near:
+        _legend_beside(figure, axes)
+    return figure
+
+
+_PUBLISHED = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+
+
+def _groups(
+    series: Mapping[str, Sequence[float | None]],
+    errors: Mapping[str, Sequence[tuple[float, float] | None]],
+    looks: Mapping[str, Sequence[str]],
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray | None, dict[str, str]]]:
+    """For each series its label, its places (n,) beside those of the others, its values (n,), the lengths (2, n) of its
+    error bars below and above them, if it has any, and its look: the first of `looks` in all colours, then the next."""
+    from cycler import cycler
+
+    cycle = itertools.cycle(cycler(**looks) * cycler(color=COLOURS))
+    for number, ((name, given), look) in enumerate(zip(series.items(), cycle)):
+        values = np.array([math.nan if value is None else value for value in given])
+        places = np.arange(len(values)) + (number - (len(series) - 1) / 2) * 0.8 / len(series)
+        sides, bars = None, errors.get(name)
+        if bars is not None and any(bars):
+            ends = np.array([(value, value) if bar is None else bar for value, bar in zip(values, bars)])
+            sides = np.abs(ends.T - values)
+        yield name, places, values, sides, look
 
 
 @_styled
@@ -282,69 +356,14 @@ def corruption_examples(
     return figure
 
 
-class _Groups:
-    """A picture of a few values for each of several categories; see `grouped_bars`."""
+def _ends(values: np.ndarray, sides: np.ndarray | None) -> list[float]:
+    """All that an axis has to hold."""
+    drawn = values if sides is None else np.r_[values - sides[0], values + sides[1]]
+    return drawn[~np.isnan(drawn)].tolist()
 
-    def __init__(
-        self,
-        categories: Sequence[str],
-        series: Mapping[str, Sequence[float | None]],
-        errors: Mapping[str, Sequence[tuple[float, float] | None]],
-        published: Sequence[float | None],
-        title: str,
-        label: str,
-    ) -> None:
-        width = 1.2 + 0.36 * len(categories) * max(len(series), 2)
-        self.figure, self.axes = _axes(title, "", label, width=min(max(6.0, width), 16.0))
-        self.categories, self.series, self.errors, self.published = categories, series, errors, published
-        self.width = 0.8 / max(len(series), 1)
-        self.ends: list[float] = []
 
-    def drawn(self, looks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, np.ndarray, np.ndarray, Any, dict]]:
-        """For each series its label, its places and values, the lengths of its error bars (2, ·) or None, and its look:
-        the first of `looks` in all colours, then the next one."""
-        from cycler import cycler
-
-        ((key, values_of_key),) = looks.items()
-        cycle = itertools.cycle(cycler(**{key: values_of_key}) * cycler(color=COLOURS))
-        for number, ((name, given), look) in enumerate(zip(self.series.items(), cycle)):
-            values = np.array([math.nan if value is None else value for value in given])
-            places = np.arange(len(values)) + (number - (len(self.series) - 1) / 2) * self.width
-            sides, bars = None, self.errors.get(name)
-            if bars is not None and any(bars):
-                pairs = np.array([(value, value) if bar is None else bar for value, bar in zip(values, bars)])
-                sides = np.abs(pairs.T - values)
-                self.ends += pairs.ravel().tolist()
-            self.ends += values.tolist()
-            yield name, places, values, sides, look
-
-    def finished(self, *, from_zero: bool) -> Figure:
-        """The figure, with published values, an axis that everything is within, and what the places are called."""
-        axes, drawn = self.axes, False
-        for place, value in enumerate(self.published):
-            if value is not None:
-                axes.hlines(
-                    value, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1.2,
-                    label=None if drawn else "published",
-                )  # fmt: skip
-                self.ends.append(value)
-                drawn = True
-        ends = [end for end in self.ends if not math.isnan(end)] + [0.0] * from_zero or [0.0]
-        low, high = min(ends), max(ends)
-        margin = 0.15 * (high - low) or 1.0
-        axes.set_ylim(0.0 if from_zero and low == 0 else low - margin, high + margin)
-        axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set_xticks(range(len(self.categories)), [name.replace("_", " ") for name in self.categories])
-        axes.set_xlim(-0.6, len(self.categories) - 0.4)
-        if sum(map(len, self.categories)) > 9 * self.figure.get_size_inches()[0]:
-            axes.tick_params(axis="x", labelrotation=35)
-            for tick in axes.get_xticklabels():
-                tick.set_horizontalalignment("right")
-                tick.set_rotation_mode("anchor")
-        axes.grid(axis="x", visible=False)
-        if len(self.series) > 1 or drawn:
-            _legend_beside(self.figure, axes)
-        return self.figure
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _histograms(axes: Axes, groups: Mapping[str, np.ndarray], bins: int) -> None:
@@ -391,8 +410,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height))
 
 
-def _axes(title: str, x_label: str, y_label: str, width: float = 6.0) -> tuple[Figure, Axes]:
-    figure = _figure(width, 4.0)
+def _axes(title: str, x_label: str, y_label: str, width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = _figure(width, height)
     axes = figure.subplots()
     axes.set_title(title)
     axes.set_xlabel(x_label)

@@ -112,6 +112,8 @@ class TableResult:
     def to_rich(self) -> Table:
         """For the terminal; interval and published number stand below a measured one."""
         table = Table(*map(escape, self.columns), title=escape(self.heading), caption=escape(self.caption) or None)
+        for column in table.columns:
+            column.overflow = "fold"  # on a narrow terminal nothing is left out
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
@@ -177,16 +179,20 @@ def provenance() -> dict[str, str]:
     """Commit, hardware and versions of what runs now."""
     import torch
 
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        device = f"{count} × {torch.cuda.get_device_name(0)}"
-    else:
-        device = f"{len(os.sched_getaffinity(0))} CPU cores, {_cpu_name()}"
     return {
         "commit": source_commit() or "not in a checkout",
-        "hardware": device,
+        "hardware": hardware(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
+
+
+def hardware() -> str:
+    """What this process computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    return f"{len(os.sched_getaffinity(0))} CPU cores, {_cpu_name()}"
 
 
 def _cpu_name() -> str:

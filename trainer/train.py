@@ -46,6 +46,7 @@ from trainer.methods import Method, method_of
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.recognition import build_model, evaluate_open_set, metrics_table
 from trainer.registry import register
+from trainer.report import hardware
 from trainer.roll_call import roll_call
 from trainer.tracking import (
     JournalTracker,
@@ -543,7 +544,7 @@ def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_h
         shutil.rmtree(run.path / "model", ignore_errors=True)
         run.clear()
     record = {"config": config.to_dict(), "identity": identity, "split_hash": split_hash}
-    run.write_config({**record, "commit": source_commit(), "versions": versions()})
+    run.write_config({**record, "commit": source_commit(), "versions": versions(), "hardware": hardware()})
 
 
 def register_once(config: TrainConfig, run: RunFolder, uri: str) -> None:

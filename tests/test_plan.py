@@ -1,0 +1,110 @@
+"""From what is asked of a table to its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from data_pipeline.protocols import protocol_names, split_count
+from trainer.budget import BUDGETS
+from trainer.experiments import EXPERIMENTS, experiment
+from trainer.plan import ReproduceConfig, plan, training_name
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "figure4"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_cell_of_every_experiment_is_a_configuration(name, budget):
+    config = ReproduceConfig(experiment=name, budget=budget)
+    chosen, cells = experiment(config.experiment), plan(config)
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names) and set(chosen.protocols) <= set(protocol_names())
+    assert len({cell.folder for cell in cells}) == len(cells)
+    variants = {variant.name: variant for variant in chosen.variants}
+    runs = sum(len(chosen.splits or range(split_count(p))) for p in chosen.protocols) * len(chosen.seeds)
+    assert len(cells) == runs * len(variants)
+    for row in chosen.rows:
+        # Every number of the table is found by a measure of its variant.
+        for column in chosen.columns:
+            assert (column.measure or row.measure) in variants[row.variant].measures
+    for cell in cells:
+        assert cell.config.protocol == cell.protocol.name and cell.config.split == cell.protocol.split
+        limit = BUDGETS[budget]
+        assert limit.epochs is None or cell.config.total_epochs <= limit.epochs
+    assert {variant.name for variant in chosen.variants} == {row.variant for row in chosen.rows}
+
+
+def test_what_is_named_twice_is_run_once():
+    once = ReproduceConfig(experiment="table2", protocols=("mnist",), splits=(0, 1), seeds=(3,), variants=("arpl",))
+    twice = ReproduceConfig(
+        experiment="table2",
+        protocols=("mnist", "mnist"),
+        splits=(0, 1, 0),
+        seeds=(3, 3),
+        variants=("arpl", "arpl"),
+    )
+    assert twice == once and [cell.name for cell in plan(twice)] == [cell.name for cell in plan(once)]
+
+
+def folders(name: str, protocol: str = "cifar10", **changes) -> dict[str, Path]:
+    """The run folder of each variant of an experiment, on one split."""
+    config = ReproduceConfig(**{"experiment": name, "protocols": (protocol,), "splits": (0,), "seeds": (0,), **changes})
+    return {cell.variant.name: cell.config.folder for cell in plan(config)}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_tables_train_alike_is_one_run(budget):
+    def alike(*runs: tuple[str, str], protocol: str) -> Path:
+        (run,) = {folders(name, protocol, budget=budget)[variant] for name, variant in runs}
+        return run
+
+    for protocol in ("cifar10", "tinyimagenet"):
+        unmixed = [(name, "supcon+simclr") for name in ("table2", "figure6", "beyond")] + [("figure2", "none")]
+        mixed = [("table2", "gradmix"), ("figure2", "layercam"), ("figure3", "conv5_2"), ("beyond", "published")]
+        assert alike(*unmixed, protocol=protocol) != alike(*mixed, ("figure6", "gradmix"), protocol=protocol)
+        alike(("table1", "supcon"), ("table2", "supcon"), protocol=protocol)
+    alike(("table1", "supcon+simclr"), ("table2", "supcon+simclr"), protocol="tinyimagenet")
+    # On CIFAR-10, table 1 compares both without the published phases.
+    assert folders("table1", budget=budget)["supcon+simclr"] != folders("table2", budget=budget)["supcon+simclr"]
+    assert folders("table3", "cifar10-closed")["gradmix"] == folders("figure4", "cifar10-closed")["gradmix"]
+    digits = folders("table2", "mnist", budget=budget)
+    assert digits["gradmix"] == digits["supcon+simclr"] != digits["supcon"]  # MNIST is not mixed
+
+
+def test_what_is_trained_otherwise_or_on_other_images_is_another_run(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": 1.0}')
+    changes = [
+        {}, {"splits": (1,)}, {"seeds": (1,)}, {"budget": "smoke"}, {"budget": "short"}, {"protocol": "cifar10-closed"},
+        {"protocol": "cifar+10"}, {"deepspeed_config": path},
+    ]  # fmt: skip
+    runs = [folder for change in changes for folder in folders("table2", **change).values()]
+    path.write_text('{"gradient_clipping": 2.0}')
+    runs += folders("table2", deepspeed_config=path).values()
+    assert len(set(runs)) == len(runs) == 9 * 6
+    # Not what only says how it is computed.
+    assert folders("table2", workers=2, data=tmp_path, restart=True) == folders("table2")
+    # Fewer images of the same classes are other images, though all else is as it was.
+    cell, *_ = plan(ReproduceConfig(experiment="table2", protocols=("cifar10",), splits=(0,)))
+    fewer = dataclasses.replace(cell.protocol, classes=dataclasses.replace(cell.protocol.classes, train_images=600))
+    assert training_name(cell.config, fewer) != training_name(cell.config, cell.protocol) == cell.config.folder.name
+    # A run that keeps its states for the course of training, or a model that answers otherwise.
+    for change in ({"keep_checkpoints": 9}, {"k": 3}, {"accept": 0.9}):
+        assert training_name(dataclasses.replace(cell.config, **change), cell.protocol) != cell.config.folder.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experiment": "table9"}, "unknown experiment 'table9'; known: table1"),
+        ({"protocols": ("cifar",)}, "unknown protocol 'cifar'; known: digits"),
+        ({"variants": ("softmax",)}, "unknown variant 'softmax'; known: gradmix"),
+        ({"splits": (-1,)}, "set --splits and --seeds to 0 or more"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        ReproduceConfig(**{"experiment": "table2", **change})

@@ -1,0 +1,203 @@
+"""What `trainer.reproduce` is asked, and the cells of a table that it comes to: one for each model to measure.
+
+Tables overlap: SupCon + SimCLR on a split of CIFAR-10 stands in five of them. What is trained alike is trained once, in
+a run folder that is named after everything that decides it, whichever table comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from data_pipeline.errors import InputError, unknown_name
+from data_pipeline.files import read_json
+from data_pipeline.protocols import Protocol, split_count
+from trainer.budget import BUDGETS
+from trainer.config import TrackingConfig, TrainConfig
+from trainer.experiments import ALIASES, Variant, experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Which experiment, on what, how thoroughly."""
+
+    experiment: Annotated[str, tyro.conf.Positional]
+    """table1 to table5, figure2 to figure6, or beyond."""
+    protocols: tuple[str, ...] = ()
+    """Protocols to run it on. Default: the paper's."""
+    splits: tuple[int, ...] = ()
+    """Splits of each protocol, from 0. Default: all that it has."""
+    seeds: tuple[int, ...] = ()
+    """Training seeds. Default: the experiment's, mostly 0 alone."""
+    variants: tuple[str, ...] = ()
+    """Which of the experiment's ways to train, as --dry-run lists them. Default: all."""
+    budget: Literal["smoke", "short", "full"] = "full"
+    """smoke: does it run at all; short: 5,000 images, 20 epochs, a quarter of the width; full: nothing is cut short.
+    The table says how long each row was trained, and where the paper leaves that open."""
+    data: Path = Path("data")
+    """Data folder; what is not built yet is built there."""
+    source: str | None = None
+    """Where images come from, as for data_pipeline.build."""
+    root: Path | None = None
+    """Folder of the images, as for data_pipeline.build; several datasets may lie in sub-folders named after them."""
+    folder: Path = Path("reproductions")
+    """Where tables go, below EXPERIMENT/BUDGET, and the runs that they share, below trainings."""
+    dry_run: bool = False
+    """Say what would be done and about how long it takes, and do nothing."""
+    restart: bool = False
+    """Discard what the table's cells hold, also the runs that other tables share, and compute everything again."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON, as for trainer.train."""
+    workers: int = 1
+    """FFCV decoding threads of each rank; 1 or more."""
+    tracking: TrackingConfig = field(
+        default_factory=lambda: TrackingConfig(experiment="gradmix-reproduce", alias="", offline=True)
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experiment", ALIASES.get(self.experiment, self.experiment))
+        experiment(self.experiment)
+        for name in ("protocols", "splits", "seeds", "variants"):
+            # A value given twice is one run, not two.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for name in self.protocols:
+            split_count(name)
+        known = [variant.name for variant in experiment(self.experiment).variants]
+        for name in self.variants:
+            if name not in known:
+                raise unknown_name("variant", name, known)
+        if min((*self.splits, *self.seeds), default=0) < 0:
+            raise InputError("a split or a seed is below 0: set --splits and --seeds to 0 or more")
+
+    @property
+    def command(self) -> str:
+        """What decides the table, as it is typed."""
+        lists = {name: getattr(self, name) for name in ("protocols", "splits", "seeds", "variants")}
+        chosen = [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items() if values]
+        return " ".join(["python -m trainer.reproduce", self.experiment, *chosen, f"--budget {self.budget}"])
+
+    @property
+    def path(self) -> Path:
+        """The table's own folder."""
+        return self.folder / self.experiment / self.budget
+
+    @property
+    def trainings(self) -> Path:
+        """The run folders, of all tables."""
+        return self.folder / "trainings"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train and measure. Its `config` says how it is trained, in a run folder that cells of other tables
+    may share; what is measured goes to a folder of its own."""
+
+    variant: Variant
+    protocol: Protocol
+    config: TrainConfig
+    table: Path
+    """The table's folder."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-{self.protocol.name}-{self.config.split}-seed{self.config.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its numbers are."""
+        return self.table / self.name
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether this or another cell has its model."""
+        return (self.config.folder / "metrics.json").is_file()
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What decides its numbers; a cell with other ones is computed again."""
+        return {
+            "training": self.config.identity,
+            "deepspeed": _deepspeed_content(self.config),
+            "measures": {name: repr(measure) for name, measure in self.variant.measures.items()},
+            "split_hash": self.protocol.split_hash,
+        }
+
+    def record(self) -> dict[str, Any] | None:
+        """Its numbers, if they were found earlier and all that they were found with is there, whole."""
+        arrays = self.folder / "arrays.npz"
+        try:
+            record = read_json(self.folder / "evaluation.json", "evaluation")
+        except InputError:
+            return None
+        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(arrays)
+        return record if whole and record["request"] == self.request else None
+
+
+_RECORDED = {
+    "request", "numbers", "intervals", "epochs", "train_images", "test_images", "train_seconds", "commit", "hardware",
+    "versions",
+}  # fmt: skip
+"""What a finished cell's `evaluation.json` says."""
+
+
+def training_name(config: TrainConfig, protocol: Protocol) -> str:
+    """Of a run folder: the same for trainings that do and leave the same, and for no others."""
+    left = ("k", "ks", "accept", "checkpoint_every", "keep_checkpoints")
+    decides = {
+        **config.identity,
+        **{name: getattr(config, name) for name in left},
+        "deepspeed": _deepspeed_content(config),
+        "split_hash": protocol.split_hash,
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return f"{protocol.name}-{config.split}-seed{config.seed}-{digest[:12]}"
+
+
+def _deepspeed_content(config: TrainConfig) -> str | None:
+    path = config.deepspeed_config
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def plan(config: ReproduceConfig) -> list[Cell]:
+    """Every cell, so that what was computed when time runs out covers all rows of the first split."""
+    chosen, budget = experiment(config.experiment), BUDGETS[config.budget]
+    variants = [budget.measured(v) for v in chosen.variants if not config.variants or v.name in config.variants]
+    protocols = config.protocols or chosen.protocols
+    cells = []
+    for seed in config.seeds or chosen.seeds:
+        for split in config.splits or chosen.splits or range(max(map(split_count, protocols))):
+            for name in protocols:
+                if split >= split_count(name) and not config.splits:
+                    continue  # this protocol has fewer than another
+                full = Protocol(name, split)
+                classes = dataclasses.replace(full.classes, train_images=budget.train_images(full))
+                for variant in variants:
+                    trained = budget.applied(variant.config(name))
+                    stretches = max(each.course for each in variant.measures.values())
+                    if stretches:
+                        every = max(trained.total_epochs // stretches, 1)
+                        trained = dataclasses.replace(
+                            trained, checkpoint_every=every, keep_checkpoints=trained.total_epochs
+                        )
+                    trained = dataclasses.replace(
+                        trained,
+                        split=split,
+                        seed=seed,
+                        restart=config.restart,
+                        deepspeed_config=config.deepspeed_config,
+                        workers=config.workers,
+                        tracking=config.tracking,
+                    )
+                    protocol = dataclasses.replace(full, classes=classes)
+                    run_dir = config.trainings / training_name(trained, protocol)
+                    cells.append(
+                        Cell(variant, protocol, dataclasses.replace(trained, run_dir=run_dir), table=config.path)
+                    )
+    return cells
