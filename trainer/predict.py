@@ -56,7 +56,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def read_square(path: Path, size: int, channels: int) -> np.ndarray | InputError:
     """The image as a model is shown it, uint8 (size, size, channels), or what is wrong with it."""
     try:
-        return images.fit(images.decode(path.read_bytes(), channels), size)
+        return images.decode(path.read_bytes(), channels, size)
     except InputError as error:
         return error
     except OSError as error:

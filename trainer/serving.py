@@ -159,8 +159,7 @@ def read_images(model_input: Any, size: int, channels: int) -> np.ndarray:
     squares = np.empty((len(items), size, size, channels), np.uint8)
     for number, item in enumerate(items):
         try:
-            # Each is fitted before the next is decoded: one large image is held at a time.
-            squares[number] = images.fit(_image(item, channels), size)
+            squares[number] = _square(item, channels, size)
         except InputError as error:
             raise InputError(f"image {number} is {error}" if len(items) > 1 else f"the image is {error}") from error
     return squares
@@ -186,8 +185,8 @@ def _items(model_input: Any) -> Sequence[Any]:
     return model_input
 
 
-def _image(item: Any, channels: int) -> np.ndarray:
-    """One image as uint8 (H, W, channels), from base64 text, an encoded file's bytes, or an array or nested list."""
+def _square(item: Any, channels: int, size: int) -> np.ndarray:
+    """Base64 text, an encoded file's bytes, an array or a nested list as uint8 (size, size, channels)."""
     if isinstance(item, str):
         try:
             # What a browser makes of a file begins with "data:image/png;base64,"; other programs break lines.
@@ -196,9 +195,9 @@ def _image(item: Any, channels: int) -> np.ndarray:
         except (binascii.Error, ValueError) as error:
             raise InputError("neither base64 nor numbers: encode the file's bytes in base64") from error
     if isinstance(item, bytes):
-        return images.decode(item, channels)
+        return images.decode(item, channels, size)
     try:
         array = np.asarray(item)
     except ValueError as error:
         raise InputError("made of rows of different lengths: send (H, W), (H, W, 1) or (H, W, 3)") from error
-    return images.from_array(array, channels)
+    return images.from_array(array, channels, size)
