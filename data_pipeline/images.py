@@ -60,9 +60,7 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(f"{image.width} × {image.height} pixels")
             with _room.taken(image.width * image.height * _bytes_per_pixel(image.mode)):
-                square = _square(image, channels, size)
-                image.close()  # its pixels go before others may take their place
-            return square
+                return _square(image, channels, size)
     except UnidentifiedImageError as error:
         raise InputError(f"not an image file: send one of {', '.join(_formats())}") from error
     except Image.DecompressionBombError as error:
@@ -95,9 +93,11 @@ def from_array(array: np.ndarray, channels: int, size: int) -> np.ndarray:
 
 
 def _square(image: Image.Image, channels: int, size: int) -> np.ndarray:
-    """`fit` of `to_uint8`, of which only the centre square is made."""
+    """`fit` of `to_uint8`, of which only the centre square is made; closes the image."""
     ImageOps.exif_transpose(image, in_place=True)
-    return fit(_part(image, _centre(*image.size), channels), size)
+    pixels = _part(image, _centre(*image.size), channels)
+    image.close()  # resizing copies the pixels: one set of them goes before
+    return fit(pixels, size)
 
 
 def _centre(width: int, height: int) -> tuple[int, int, int, int]:

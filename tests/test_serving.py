@@ -125,7 +125,7 @@ def test_the_answer_to_arrays_and_files(server, model, test_images):
 def test_images_of_any_size_in_every_form(server, model):
     generator = np.random.default_rng(0)
     large, small = (generator.integers(0, 256, shape, np.uint8) for shape in ((90, 61, 3), (5, 7, 1)))
-    squares = [images.fit(images.from_array(image, 1), 16) for image in (large, small)]
+    squares = [images.from_array(image, 1, 16) for image in (large, small)]
     expected = model.recognise(torch.from_numpy(np.stack(squares)))
     forms = [
         {"inputs": [base64_png(large), base64_png(small)]},
