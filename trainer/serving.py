@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,14 +62,14 @@ class ServedModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each image: label, class, score, threshold, class_scores, neighbours."""
         card = self.model.card
-        wanted = (params or {}).get("neighbours")
-        wanted = card.k if wanted is None else int(wanted)
         try:
-            if not 0 <= wanted <= MAX_NEIGHBOURS:
-                raise InputError(f"neighbours is {wanted}: ask for 0 to {MAX_NEIGHBOURS}")
+            wanted = _count((params or {}).get("neighbours"), card.k)
             squares = read_images(model_input, card.image_size, card.channels)
         except InputError as error:
             raise RefusedRequest(str(error)) from error
+        except (TypeError, ValueError) as error:  # of nested lists and tables there are more shapes than can be named
+            reason = textwrap.shorten(str(error), 200) or type(error).__name__
+            raise RefusedRequest(f'what was sent is no list of images ({reason}): put one into "inputs"') from error
         answer = self._recognise(torch.from_numpy(squares), min(wanted, len(self.model.gallery)))
         return pd.DataFrame(
             {
@@ -83,6 +84,16 @@ class ServedModel:
                 ],
             }
         )
+
+
+def _count(neighbours: Any, default: int) -> int:
+    """How many neighbours are asked for."""
+    if neighbours is None:
+        return default
+    count = neighbours if isinstance(neighbours, int | np.integer) else -1
+    if not 0 <= count <= MAX_NEIGHBOURS:
+        raise InputError(f"neighbours is {textwrap.shorten(repr(neighbours), 30)}: ask for 0 to {MAX_NEIGHBOURS}")
+    return int(count)
 
 
 @dataclass
@@ -170,11 +181,10 @@ def _items(model_input: Any) -> Sequence[Any]:
     if isinstance(model_input, pd.DataFrame):
         if model_input.empty:
             return []
-        model_input = {name: model_input[name].tolist() for name in model_input.columns}
+        _check_one_column(model_input.columns)
+        model_input = model_input.iloc[:, 0].tolist()
     if isinstance(model_input, dict):
-        if len(model_input) != 1:
-            names = ", ".join(map(str, model_input)) or "none"
-            raise InputError(f'the images must be the one column "image", not columns {names}')
+        _check_one_column(list(model_input))
         (model_input,) = model_input.values()
     if isinstance(model_input, np.ndarray) and model_input.ndim == 0:
         model_input = model_input.item()
@@ -183,6 +193,13 @@ def _items(model_input: Any) -> Sequence[Any]:
     if not isinstance(model_input, np.ndarray | list | tuple):
         raise InputError('what was sent is no list of images: put one into "inputs"')
     return model_input
+
+
+def _check_one_column(names: Sequence[Any]) -> None:
+    """Whatever its name is: one column leaves no doubt."""
+    if len(names) != 1:
+        listed = textwrap.shorten(", ".join(map(str, names)), 100) or "none"
+        raise InputError(f'the images must be one column, such as "image", not {len(names)} columns ({listed})')
 
 
 def _square(item: Any, channels: int, size: int) -> np.ndarray:
