@@ -15,7 +15,7 @@ from data_pipeline.beton import Build, folder_name, write_build
 from data_pipeline.errors import InputError
 from data_pipeline.ffcv_writer import Encoding, WriteMode
 from data_pipeline.protocols import DATASETS, Protocol, custom_protocol
-from data_pipeline.sources import SOURCE_KINDS, Source, check_classes, open_source
+from data_pipeline.sources import SOURCE_KINDS, Source, check_classes, check_not_empty, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ def build(config: BuildConfig, console: Console) -> Build:
         f"protocol {protocol.name}, split {protocol.split}: {len(protocol.known)} known and {len(protocol.unknown)} "
         f"unknown classes, openness {protocol.openness:.3f}, split hash {protocol.split_hash}"
     )
+    for name in sources["train"][1].empty_classes:
+        console.print(f"class folder {name} is left out: it holds no image", markup=False, highlight=False)
     with Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -103,7 +105,9 @@ def _open(config: BuildConfig) -> tuple[Protocol, dict[str, tuple[str, Source]]]
     if config.protocol == "custom":
         if not config.known:
             raise InputError("a custom protocol needs the names of its known classes: --known cat dog ...")
-        protocol = custom_protocol(config.known, source("custom", "train")[1].class_names)
+        _, train = source("custom", "train")
+        check_not_empty(train, config.known)
+        protocol = custom_protocol(config.known, train.class_names)
     else:
         protocol = Protocol(config.protocol, config.split)
     if config.train_images is not None:

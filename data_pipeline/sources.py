@@ -17,7 +17,7 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -67,6 +67,8 @@ class Source(ABC):
         self.class_names = tuple(class_names)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.channels = channels
+        # Of an image folder those that hold no image; not among the class names.
+        self.empty_classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,12 +140,20 @@ def check_classes(source: Source, dataset: str) -> None:
     expected, names = _CLASSES.get(dataset), source.class_names
     if expected is None or expected in (names, len(names)):
         return
+    check_not_empty(source, source.empty_classes)
     wanted = f"{expected} classes" if isinstance(expected, int) else f"the classes {', '.join(expected)}"
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     raise InputError(
         f"the data has {len(names)} classes ({shown}), but {dataset} has {wanted}: "
         "correct --root, or use --protocol custom for classes of your own"
     )
+
+
+def check_not_empty(source: Source, wanted: Iterable[str]) -> None:
+    """Raise `InputError` if one of these classes has a folder, but no image in it."""
+    empty = sorted(set(wanted) & set(source.empty_classes))
+    if empty:
+        raise InputError(f"no images found in class folder {empty[0]!r}: add some, or do without this class")
 
 
 def _own_folder(root: Path, dataset: str, kind: str) -> Path:
@@ -465,12 +475,10 @@ def _open_imagefolder(root: Path, subset: Subset, channels: Literal[1, 3]) -> So
         for prefix in set(prefixes.values())
         for name in _subfolders(root / prefix)
     }
-    class_names = sorted({name for _, name in images})
-    if not class_names:
+    folders = {name for _, name in images}
+    if not folders:
         raise InputError(f"no images found: {root} has no class folders; put the images of each class into one")
-    empty = set(class_names) - {name for (_, name), found in images.items() if found}
-    if empty:
-        raise InputError(f"no images found in class folder {min(empty)!r} in {root}; add some, or remove the folder")
+    class_names = sorted({name for (_, name), found in images.items() if found})
 
     names, labels = [], []
     for label, class_name in enumerate(class_names):
@@ -483,7 +491,9 @@ def _open_imagefolder(root: Path, subset: Subset, channels: Literal[1, 3]) -> So
             f"no images found for {subset} in {root / prefixes[subset]}; add some in class folders"
             + ("" if has_subsets else f", or make folders train and test: a fixed split leaves {subset} empty so far")
         )
-    return _FileSource(files, names, class_names, np.array(labels), channels)
+    source = _FileSource(files, names, class_names, np.array(labels), channels)
+    source.empty_classes = tuple(sorted(folders - set(class_names)))
+    return source
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.ffcv_writer import Encoding
 from data_pipeline.files import replacing
-from data_pipeline.images import decode, fit
+from data_pipeline.images import decode
 from data_pipeline.loader import load_all
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import open_source
@@ -114,7 +115,7 @@ def test_names_are_those_of_the_images(folder_of_images, tmp_path):
         stored, names = load_all(made, name, device=CPU).images, made.names(name)
         assert len(names) == len(stored) == len(set(names))
         for image, path in zip(stored.numpy(), names):
-            np.testing.assert_array_equal(image, fit(decode(Path(path).read_bytes(), 3), 16))
+            np.testing.assert_array_equal(image, decode(Path(path).read_bytes(), 3, 16))
     # A build of an earlier version noted none.
     (made.folder / "train.names.json").unlink()
     assert made.names("train")[:2] == ["train[0]", "train[1]"]
@@ -374,6 +375,21 @@ def test_unknown_and_single_classes_of_a_folder(folder_of_images, tmp_path):
         with pytest.raises(InputError, match=message):
             build(config, QUIET)
     assert not (tmp_path / "data").exists()
+
+
+def test_an_empty_class_folder_is_left_out_unless_it_is_asked_for(folder_of_images, tmp_path):
+    for subset in ("train", "test"):
+        (folder_of_images / subset / "emu").mkdir()
+    said = Console(file=io.StringIO())
+    made = build(custom(folder_of_images, tmp_path / "data"), said)
+    assert "class folder emu is left out: it holds no image" in said.file.getvalue()
+    assert Protocol.from_dict(made.manifest.protocol).unknown == ("dog",)
+    with pytest.raises(InputError, match="no images found in class folder 'emu': add some"):
+        build(dataclasses.replace(custom(folder_of_images, tmp_path / "data"), known=("cat", "emu")), QUIET)
+    # Where the classes are known beforehand, none may lack.
+    request = BuildConfig(protocol="cifar10", source="imagefolder", root=folder_of_images, out=tmp_path / "data")
+    with pytest.raises(InputError, match="no images found in class folder 'emu': add some"):
+        build(request, QUIET)
 
 
 def test_the_command_line_answers_bad_input_with_one_line(capsys):

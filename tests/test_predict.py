@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +126,66 @@ def test_it_goes_on_where_it_was_killed(config, tmp_path):
         assert predict(config, QUIET) == whole
     assert sum(sizes) == 30 - 14
     assert config.out.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not journal.exists()
+
+
+def test_a_file_that_changed_since_the_kill_is_done_again(config, pictures, tmp_path):
+    folder = tmp_path / "copies"
+    shutil.copytree(pictures / "known", folder)
+    config = dataclasses.replace(config, paths=(str(folder),))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 1)
+        predict(config, QUIET)
+    shutil.copy(pictures / "unknown" / "image000.png", folder / "image002.png")
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = kill_after(patch, 99)
+        rows = predict(config, QUIET)
+    assert sum(sizes) == 15 - 7 + 1
+    fresh = predict(dataclasses.replace(config, out=tmp_path / "fresh.csv"), QUIET)
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in fresh], abs=1e-5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\n", b"{}\n[]\n", b"no JSON\n", b'\0\0\0\n{"path": 3}\n'])
+def test_a_damaged_journal_is_begun_anew(config, tmp_path, damage):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 2)
+        predict(config, QUIET)
+    journal = tmp_path / ".out.csv.partial"
+    request = journal.read_bytes().split(b"\n")[0]
+    journal.write_bytes(damage.replace(b"{}", request))
+    said = Console(file=io.StringIO(), width=300)
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = kill_after(patch, 99)
+        predict(config, said)
+    assert sum(sizes) == 30
+    assert said.file.getvalue().splitlines()[0] == f"{journal} is damaged: all images are done anew"
+
+
+def test_odd_file_names_are_one_line_each(config, pictures, tmp_path):
+    odd = [tmp_path / "odd" / name for name in ("two\nlines.png", os.fsdecode(b"\xff.png"), os.fsdecode(b"\xfe.png"))]
+    odd[0].parent.mkdir()
+    for number, path in enumerate(odd):
+        shutil.copy(pictures / "known" / f"image00{number}.png", path)
+    rows = predict(dataclasses.replace(config, paths=tuple(map(str, odd))), QUIET)
+    assert len(config.out.read_text().splitlines()) == 4
+    assert len({row["path"] for row in rows}) == len({row["score"] for row in rows}) == 3
+
+
+def test_the_status_tells_that_no_file_could_be_read(saved, pictures, tmp_path, monkeypatch):
+    text = tmp_path / "text.png"
+    text.write_text("hello")
+
+    def status(*paths: Path) -> int:
+        out = str(tmp_path / "out.csv")
+        arguments = ["predict", "--model", str(saved), "--out", out, "--overwrite", *map(str, paths)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        try:
+            predict_module.main()
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    assert status(text) == 1 and "is not an image file" in (tmp_path / "out.csv").read_text()
+    assert status(text, pictures / "known" / "image000.png") == 0
 
 
 def test_a_journal_of_another_model_or_question_is_not_gone_on_with(config, digits, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import shutil
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from rich.console import Console
 
 from data_pipeline.errors import InputError
 from tests.models import NAME, finished_run
+from trainer.promotion import Measurement, compare, comparison_table, demote, difference, history_tables, promote
 from trainer.promotion import TestScores as Scores
-from trainer.promotion import compare, demote, difference, history_tables, promote
-from trainer.registry import OpenSetModel, app, moves
+from trainer.registry import OpenSetModel, moves
+from trainer.registry_commands import app
 
 
 def two_models(seed: int, known: int = 60, unknown: int = 40, gain: float = 0.0) -> tuple[Scores, Scores]:
@@ -25,7 +28,7 @@ def two_models(seed: int, known: int = 60, unknown: int = 40, gain: float = 0.0)
     for better in (0.0, gain):
         noise = generator.normal(0, 0.3, known), generator.normal(0, 0.3, unknown)
         correct = generator.uniform(size=known) < 0.9
-        models.append(Scores(easy_known + noise[0] + better, correct, easy_unknown + noise[1]))
+        models.append(Scores(easy_known + noise[0] + better, correct, easy_unknown + noise[1], 0.5))
     return models[0], models[1]
 
 
@@ -60,7 +63,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.62 <= np.mean([found.low <= 0 <= found.high for found in inside]) <= 0.95
 
 
-@pytest.mark.parametrize("metric", ["auroc", "oscr", "accuracy"])
+METRICS = ["auroc", "oscr", "accuracy", "accepted", "rejected"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_equal_models_differ_by_nothing_and_swapped_ones_by_the_opposite(metric):
     first, second = two_models(3, gain=0.5)
     same = difference(first, first, metric)
@@ -68,6 +74,29 @@ def test_equal_models_differ_by_nothing_and_swapped_ones_by_the_opposite(metric)
     one, other = difference(first, second, metric), difference(second, first, metric)
     assert one.value == -other.value and (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=0.02)
     assert one.low <= one.value <= one.high
+
+
+def test_rates_are_taken_at_each_models_own_threshold():
+    first, _ = two_models(4)
+    second = dataclasses.replace(first, threshold=1.0)
+    assert first.same_scores(second) and first.threshold == 0.5
+    for metric in ("auroc", "oscr", "accuracy"):
+        assert difference(first, second, metric, resamples=100).value == 0
+    accepted, rejected = (difference(first, second, metric) for metric in ("accepted", "rejected"))
+    assert accepted.first == np.mean(first.known >= 0.5) and accepted.second == np.mean(first.known >= 1.0)
+    assert rejected.first == np.mean(first.unknown < 0.5) and rejected.second == np.mean(first.unknown < 1.0)
+    # An image either changes sides or it does not: the interval is that of a share of all.
+    for found, count in ((accepted, 60), (rejected, 40)):
+        share = abs(found.value)
+        wide = 2 * 1.96 * np.sqrt(share * (1 - share) / count)
+        assert found.high - found.low == pytest.approx(wide, rel=0.25) and found.low <= found.value <= found.high
+
+
+def test_models_that_classify_otherwise_are_not_taken_for_equal():
+    first, _ = two_models(5)
+    second = dataclasses.replace(first, correct=~first.correct)
+    found = difference(first, second, "accuracy")
+    assert found.low < found.value < found.high < 0
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +133,8 @@ def champion(uri: str) -> str:
 
 def test_the_alias_goes_only_to_one_that_is_not_worse(registry, digits, capsys):
     options = {
-        "margin": 0.0, "metric": "accuracy", "data": digits.folder, "tracking_uri": registry, "confidence": 0.95,
-        "resamples": 100, "console": Console(width=200),
+        "measurement": Measurement(data=digits.folder, tracking_uri=registry, resamples=100),
+        "margin": 0.0, "metric": "accuracy", "console": Console(width=200),
     }  # fmt: skip
     assert not promote(CHAMPION, f"models:/{NAME}@challenger", **options) and champion(registry) == "1"
     assert "version 1 stays @champion: version 3 may be worse by" in capsys.readouterr().out
@@ -136,23 +165,45 @@ def test_the_alias_goes_only_to_one_that_is_not_worse(registry, digits, capsys):
 
 
 def test_an_alias_that_nobody_carries_goes_to_the_first(registry, tmp_path):
-    options = {"margin": 0.0, "metric": "auroc", "data": tmp_path, "tracking_uri": registry, "confidence": 0.95}
-    assert promote(f"models:/{NAME}@live", f"models:/{NAME}/3", **options, resamples=100, console=Console(quiet=True))
+    measurement = Measurement(data=tmp_path, tracking_uri=registry)
+    options = {"margin": 0.0, "metric": "auroc", "console": Console(quiet=True)}
+    assert promote(f"models:/{NAME}@live", f"models:/{NAME}/3", measurement, **options)
     assert str(MlflowClient(registry).get_model_version_by_alias(NAME, "live").version) == "3"
 
 
 def test_comparing_measures_both_on_the_same_images(registry, digits, model, worse):
-    result = compare(CHAMPION, f"models:/{NAME}/3", data=digits.folder, tracking_uri=registry, resamples=100)
+    measurement = Measurement(data=digits.folder, tracking_uri=registry, resamples=100)
+    result = compare(CHAMPION, f"models:/{NAME}/3", measurement)
     assert (result.known, result.unknown) == (268, 182)
-    assert result.differences.keys() == {"auroc", "oscr", "accuracy"}
+    assert list(result.differences) == METRICS
     found = result.differences["accuracy"]
     assert found.second < found.first and found.low <= found.value <= found.high < 0
+    told = printed(comparison_table(result, "a", "b", 0.95))
+    assert "known accepted" in told and "unknown rejected" in told and "only" not in told
+
+
+def test_a_model_that_differs_by_its_threshold_alone_is_said_to(registry, digits, model, tmp_path):
+    card = dataclasses.replace(model.card, threshold=0.5)
+    OpenSetModel(card, model.encoder, model.gallery, model.gallery_labels).save(tmp_path / "other")
+    measurement = Measurement(data=digits.folder, tracking_uri=registry, resamples=100)
+    result = compare(CHAMPION, str(tmp_path / "other"), measurement)
+    assert result.differences["auroc"].value == 0 and result.differences["accepted"].value > 0
+    told = printed(comparison_table(result, "a", "b", 0.95))
+    assert f"only the thresholds {model.card.threshold:.4f} and 0.5000 differ" in told
+    alike = compare(CHAMPION, f"models:/{NAME}/2", measurement)
+    assert "the models answer alike" in printed(comparison_table(alike, "a", "b", 0.95))
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()
 
 
 def test_what_cannot_be_compared(registry, digits, tmp_path):
     def refused(message, first=CHAMPION, second=f"models:/{NAME}/2", **options):
         with pytest.raises(InputError, match=message):
-            compare(first, second, **{"data": digits.folder, "tracking_uri": registry, **options})
+            compare(first, second, Measurement(**{"data": digits.folder, "tracking_uri": registry, **options}))
 
     refused("confidence is 1", confidence=1)
     refused("resamples is 5", resamples=5)
@@ -162,8 +213,8 @@ def test_what_cannot_be_compared(registry, digits, tmp_path):
     def not_promoted(message, champion=CHAMPION, challenger=f"models:/{NAME}/2", margin=0.0):
         with pytest.raises(InputError, match=message):
             promote(
-                champion, challenger, margin=margin, metric="auroc", data=digits.folder, tracking_uri=registry,
-                confidence=0.95, resamples=100, console=Console(quiet=True),
+                champion, challenger, Measurement(data=digits.folder, tracking_uri=registry), margin=margin,
+                metric="auroc", console=Console(quiet=True),
             )  # fmt: skip
 
     not_promoted("margin is -1", margin=-1)

@@ -125,13 +125,15 @@ def test_the_answer_to_arrays_and_files(server, model, test_images):
 def test_images_of_any_size_in_every_form(server, model):
     generator = np.random.default_rng(0)
     large, small = (generator.integers(0, 256, shape, np.uint8) for shape in ((90, 61, 3), (5, 7, 1)))
-    squares = [images.fit(images.from_array(image, 1), 16) for image in (large, small)]
+    squares = [images.from_array(image, 1, 16) for image in (large, small)]
     expected = model.recognise(torch.from_numpy(np.stack(squares)))
     forms = [
         {"inputs": [base64_png(large), base64_png(small)]},
         {"instances": [{"image": base64_png(large)}, {"image": base64_png(small)}]},
         {"dataframe_records": [{"image": large.tolist()}, {"image": "data:image/png;base64," + base64_png(small)}]},
         {"dataframe_split": {"columns": ["image"], "data": [[large.tolist()], [small.tolist()]]}},
+        {"dataframe_split": {"columns": ["any name"], "data": [[large.tolist()], [base64_png(small)]]}},
+        {"dataframe_split": {"data": [[large.tolist()], [small.tolist()]]}},
     ]
     for body in forms:
         answers = server.predictions({**body, "params": {"neighbours": 0}})
@@ -160,7 +162,13 @@ def of_inputs(inputs) -> bytes:
         (of_inputs([]), "no image was sent"),
         (b'{"dataframe_records": []}', "no image was sent"),
         (of_inputs({}), "one column"),
-        (of_inputs({"a": [1], "b": [2]}), "one column"),
+        (of_inputs({"a": [1], "b": [2]}), "one column, such as .image., not 2 columns .a, b."),
+        (b'{"dataframe_split": {"columns": ["image", "image"], "data": [[[[0]], [[0]]]]}}', "images must be one"),
+        (b'{"dataframe_split": {"columns": ["image"], "data": [[{"a": 1}]]}}', "image is not of an image's shape"),
+        (b'{"dataframe_records": [{"image": [[0]]}, {"picture": [[0]]}]}', "images must be one column"),
+        (of_inputs([{"image": 1}, {"b": [[0]]}]), "image"),
+        (of_inputs([[[10**30]]]), "image is not made of whole numbers"),
+        (of_inputs("é"), "image is neither base64 nor numbers"),
         (of_inputs(3), "no list of images"),
         (of_inputs([1.5, 2]), "not of an image's shape"),
         (of_inputs([[[0.5, 1.0]]]), "not made of whole numbers but of float64"),
@@ -267,6 +275,19 @@ def test_python_callers_get_a_frame(model, test_images):
     assert served.predict(files)["score"].tolist() == frame["score"].tolist()
     with pytest.raises(RefusedRequest, match="image 1 is not an image file"):
         served.predict([files[0], b"nothing"])
+    for neighbours in ("many", 2.5, [1], -1):
+        with pytest.raises(RefusedRequest, match=r"neighbours is .*: ask for 0 to 100"):
+            served.predict(files, {"neighbours": neighbours})
+
+
+def test_whatever_a_request_holds_it_is_refused_in_one_line(model):
+    class Odd:
+        def __array__(self, *_, **__):
+            raise TypeError("first line\n" + "x" * 1000)
+
+    with pytest.raises(RefusedRequest, match=r"no list of images \(first line") as caught:
+        ServedModel(model).predict([Odd()])
+    assert "\n" not in caught.value.message and len(caught.value.message) < 300
 
 
 def test_null_neighbours_are_the_default_and_base64_may_have_line_breaks(model):

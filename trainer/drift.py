@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import write_json
 from trainer.calibrate import calibration_scores
 from trainer.evaluate import device_by_default
-from trainer.predict import find_images, score_files
+from trainer.predict import find_images, printable, score_files
 from trainer.registry import load_model
 
 EXIT_MOVED = 3
@@ -119,7 +119,7 @@ def check(config: DriftConfig, console: Console) -> tuple[Drift, bool]:
     table.add_row(f"accepted at {model.card.threshold:.3f}", f"{drift.reference_accepted:.1%}", now)
     console.print(table)
     if broken:
-        console.print(f"{len(broken)} files could not be read, such as {broken[0]}", markup=False)
+        console.print(f"{len(broken)} files could not be read, such as {printable(broken[0])}", markup=False)
     console.print(
         f"{'The scores have moved' if moved else 'No sign that the scores have moved'}: Kolmogorov-Smirnov distance "
         f"{drift.statistic:.3f}, p = {drift.p_value:.2g}; Wasserstein distance {drift.distance:.3f}",

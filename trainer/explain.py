@@ -34,7 +34,7 @@ from data_pipeline.protocols import UNKNOWN, Protocol
 from trainer.config import Layer
 from trainer.evaluate import device_by_default
 from trainer.gradmix import activation_map
-from trainer.predict import find_images, read_squares
+from trainer.predict import find_images, printable, read_squares
 from trainer.registry import Neighbour, OpenSetModel, load_model
 
 if TYPE_CHECKING:  # imported where something is drawn
@@ -287,9 +287,9 @@ def run(config: ExplainConfig, console: Console) -> list[Explanation]:
     names, squares = [], []
     for path, square in zip(paths, read_squares(paths[: config.limit], card.image_size, card.channels)):
         if isinstance(square, InputError):
-            console.print(f"{path} is left out: the image is {square}", markup=False, highlight=False)
+            console.print(f"{printable(path)} is left out: the image is {square}", markup=False, highlight=False)
         else:
-            names.append(str(path))
+            names.append(printable(path))
             squares.append(square)
     if not squares:
         raise InputError("none of the files is a readable image: name others")

@@ -35,7 +35,7 @@ class Explainer:
     def __call__(self, name: str, encoded: bytes) -> Explanation:
         """Raises `InputError` if it is no image."""
         card = self.model.card
-        square = images.fit(images.decode(encoded, card.channels), card.image_size)
+        square = images.decode(encoded, card.channels, card.image_size)
         with self._lock:
             (found,) = explain(self.model, [name], square[None], self._training, num_neighbours=self._num_neighbours)
         return found

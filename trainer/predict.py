@@ -1,7 +1,8 @@
 """`python -m trainer.predict`: what a model says to the images in files, folders and globs, as a table.
 
 Every file is a row, also one that cannot be read: its row says why. What is done is kept in a journal beside the output
-until all is, so that the same command goes on where it was stopped.
+until all is, so that the same command goes on where it was stopped; files that changed meanwhile are done again. It
+ends with status 1 if no file could be read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import glob
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from data_pipeline.sources import image_files
 from trainer.evaluate import device_by_default
 from trainer.registry import OpenSetModel, load_model
 
+EXIT_NONE_READABLE = 1
 _DECODE_THREADS = 4
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -56,7 +59,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def read_square(path: Path, size: int, channels: int) -> np.ndarray | InputError:
     """The image as a model is shown it, uint8 (size, size, channels), or what is wrong with it."""
     try:
-        return images.fit(images.decode(path.read_bytes(), channels), size)
+        return images.decode(path.read_bytes(), channels, size)
     except InputError as error:
         return error
     except OSError as error:
@@ -95,7 +98,7 @@ def answer_rows(model: OpenSetModel, paths: Sequence[Path], config: PredictConfi
         answers = _answers(model, np.stack(good), config)
     rows = []
     for path, square in zip(paths, squares):
-        row = {"path": _printable(path), "label": None, "class": None, "score": None, "threshold": card.threshold}
+        row = {"path": printable(path), "label": None, "class": None, "score": None, "threshold": card.threshold}
         if isinstance(square, InputError):
             rows.append({**row, "error": f"the image is {square}"})
         else:
@@ -116,23 +119,45 @@ def _answers(model: OpenSetModel, squares: np.ndarray, config: PredictConfig) ->
 
 
 class Journal:
-    """The rows that are done, in a hidden file beside the output, one JSON a line."""
+    """The rows that are done, by file, in a hidden file beside the output, one JSON a line."""
 
-    def __init__(self, out: Path, request: dict[str, Any]) -> None:
+    def __init__(self, out: Path, request: dict[str, Any], console: Console) -> None:
         """`request` is what the rows depend on beside the files; a journal of another one is not gone on with."""
         self.path = out.with_name(f".{out.name}.partial")
-        self.rows: dict[str, dict[str, Any]] = {}
-        lines = self.path.read_text("utf-8").split("\n")[:-1] if self.path.is_file() else []
-        if lines and json.loads(lines[0]) == request:
-            # A file that could not be read is tried again.
-            self.rows = {row["path"]: row for row in map(json.loads, lines[1:]) if row["error"] is None}
+        entries: list[dict[str, Any]] = []
+        if self.path.is_file():
+            try:
+                # What follows the last line's end was cut by a kill.
+                first, *rest = map(json.loads, self.path.read_text("utf-8").split("\n")[:-1])
+                entries = [entry for entry in rest if _still_holds(entry)] if first == request else []
+            except (OSError, ValueError, KeyError, TypeError):
+                console.print(f"{self.path} is damaged: all images are done anew", markup=False, highlight=False)
+        self.rows: dict[Path, dict[str, Any]] = {Path(entry["path"]): entry["row"] for entry in entries}
         with replacing(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in (request, *self.rows.values())), "utf-8")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in (request, *entries)), "utf-8")
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, rows: dict[Path, dict[str, Any]], versions: Sequence[list[int]]) -> None:
+        """`versions` are the files' as they were before they were read."""
+        entries = [
+            {"path": str(path), "version": version, "row": row} for (path, row), version in zip(rows.items(), versions)
+        ]
         with full_disk_is_bad_input(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.rows.update({row["path"]: row for row in rows})
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        self.rows.update(rows)
+
+
+def _still_holds(entry: dict[str, Any]) -> bool:
+    """Whether the file could be read and has not changed since."""
+    return entry["row"]["error"] is None and entry["version"] == _version(Path(entry["path"]))
+
+
+def _version(path: Path) -> list[int]:
+    """Numbers that change when the file does."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def write_table(out: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -157,9 +182,10 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _printable(path: Path) -> str:
-    """File names need not be text."""
-    return str(path).encode("utf-8", "replace").decode()
+def printable(path: Path) -> str:
+    """The path as one line of text: names of files may hold line breaks, and bytes that are no text."""
+    text = str(path).encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +228,8 @@ def predict(config: PredictConfig, console: Console) -> list[dict[str, Any]]:
     model = load_model(config.model, config.tracking_uri, device_by_default())
     request = {"model": model.fingerprint, "neighbours": config.neighbours, "class_scores": config.class_scores}
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(config.out, request)
-    left = [path for path in paths if _printable(path) not in journal.rows]
+    journal = Journal(config.out, request, console)
+    left = [path for path in paths if path not in journal.rows]
     if len(left) < len(paths):
         console.print(f"going on: {len(paths) - len(left):,} of {len(paths):,} images are done")
     with Progress(
@@ -217,9 +243,10 @@ def predict(config: PredictConfig, console: Console) -> list[dict[str, Any]]:
     ) as bar:
         task = bar.add_task("images", total=len(paths), completed=len(paths) - len(left))
         for some in _batches(left, config.batch_size):
-            journal.add(answer_rows(model, some, config))
+            versions = [_version(path) for path in some]
+            journal.add(dict(zip(some, answer_rows(model, some, config))), versions)
             bar.advance(task, len(some))
-    rows = [journal.rows[_printable(path)] for path in paths]
+    rows = [journal.rows[path] for path in paths]
     write_table(config.out, rows)
     journal.path.unlink()
     unknown = sum(row["label"] == UNKNOWN for row in rows)
@@ -239,7 +266,9 @@ def main() -> None:
         prog="python -m trainer.predict",
         description="Name the class of images, or say that it is unknown.",
     )
-    predict(config, Console(soft_wrap=True))
+    rows = predict(config, Console(soft_wrap=True))
+    if all(row["error"] is not None for row in rows):
+        raise SystemExit(EXIT_NONE_READABLE)
 
 
 if __name__ == "__main__":

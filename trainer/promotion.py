@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from rich.console import Console
@@ -28,6 +28,44 @@ from trainer.registry import OpenSetModel, find_version, load_model, move_alias,
 from trainer.tracking import resolve_uri
 
 Metric = Literal["auroc", "oscr", "accuracy"]
+Rate = Literal["accepted", "rejected"]
+"""The shares of known images accepted and of unknown ones rejected, each model at its own threshold."""
+
+_NAMES: dict[Metric | Rate, str] = {
+    "auroc": "AUROC",
+    "oscr": "OSCR",
+    "accuracy": "closed-set accuracy",
+    "accepted": "known accepted",
+    "rejected": "unknown rejected",
+}
+# Which of the images each of them is measured on.
+_IMAGES: dict[Metric | Rate, tuple[str, ...]] = {
+    "auroc": ("known", "unknown"),
+    "oscr": ("known", "unknown"),
+    "accuracy": ("known",),
+    "accepted": ("known",),
+    "rejected": ("unknown",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What two models are measured on, and how the difference's interval is made."""
+
+    data: Path = Path("data")
+    """Data folder that holds the built files, or the folder of one build."""
+    confidence: float = 0.95
+    """Of the interval; within (0, 1)."""
+    resamples: int = 1000
+    """How often the test images are drawn anew; 100 or more."""
+    tracking_uri: str | None = None
+    """MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}; set it within (0, 1)")
+        if self.resamples < 100:
+            raise InputError(f"resamples is {self.resamples}; set it to 100 or more")
 
 
 @dataclass(frozen=True)
@@ -37,6 +75,7 @@ class TestScores:
     known: np.ndarray
     correct: np.ndarray
     unknown: np.ndarray
+    threshold: float
 
     @classmethod
     def of(cls, model: OpenSetModel, partitions: Partitions) -> TestScores:
@@ -46,24 +85,34 @@ class TestScores:
         if "test_unknown" in partitions:
             images = partitions["test_unknown"].images
             unknown = model.score(images, [model.card.k]).scores.squeeze(1).cpu().numpy()
-        return cls(scores.numpy(), (predictions == known.labels.cpu()).numpy(), unknown)
+        return cls(scores.numpy(), (predictions == known.labels.cpu()).numpy(), unknown, model.card.threshold)
 
-    def metric(self, name: Metric, known: np.ndarray | None = None, unknown: np.ndarray | None = None) -> float:
+    def metric(self, name: Metric | Rate, known: np.ndarray | None = None, unknown: np.ndarray | None = None) -> float:
         """The metric over the images of these indices; all by default."""
         k = slice(None) if known is None else known
         u = slice(None) if unknown is None else unknown
         if name == "accuracy":
             return float(self.correct[k].mean())
+        if name == "accepted":
+            return float((self.known[k] >= self.threshold).mean())
+        if name == "rejected":
+            return float((self.unknown[u] < self.threshold).mean())
         if name == "auroc":
             return auroc(self.known[k], self.unknown[u])
         return oscr(self.known[k], self.correct[k], self.unknown[u])
+
+    def same_scores(self, other: TestScores) -> bool:
+        """Whether the two differ in their thresholds at most."""
+        return all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in ("known", "correct", "unknown")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """A metric of two models on the same images."""
 
-    metric: Metric
+    metric: Metric | Rate
     first: float
     second: float
     low: float
@@ -81,7 +130,7 @@ class Difference:
 def difference(
     first: TestScores,
     second: TestScores,
-    metric: Metric,
+    metric: Metric | Rate,
     *,
     confidence: float = 0.95,
     resamples: int = 1000,
@@ -93,16 +142,19 @@ def difference(
     """
     from scipy.stats import bootstrap
 
-    groups = [np.arange(len(first.known))]
-    if metric != "accuracy":
-        groups.append(np.arange(len(first.unknown)))
     values = [scores.metric(metric) for scores in (first, second)]
-    if np.array_equal(first.known, second.known) and np.array_equal(first.unknown, second.unknown):
+    images = _IMAGES[metric]
+
+    def drawn_difference(*indices: np.ndarray) -> float:
+        drawn = dict(zip(images, indices))
+        return second.metric(metric, **drawn) - first.metric(metric, **drawn)
+
+    if first.same_scores(second) and (metric in get_args(Metric) or first.threshold == second.threshold):
         low = high = 0.0  # also of the resamples each
     else:
         interval = bootstrap(
-            groups,
-            lambda *drawn: second.metric(metric, *drawn) - first.metric(metric, *drawn),
+            [np.arange(len(getattr(first, name))) for name in images],
+            drawn_difference,
             vectorized=False,
             n_resamples=resamples,
             confidence_level=confidence,
@@ -119,55 +171,62 @@ class Comparison(NamedTuple):
     differences: dict[str, Difference]
     known: int
     unknown: int
+    thresholds: tuple[float, float]
+    same_scores: bool
+    """Whether the models differ in their thresholds at most."""
 
 
 def compare(
     first: str,
     second: str,
-    *,
-    data: Path,
-    tracking_uri: str | None = None,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    metrics: Sequence[Metric] = ("auroc", "oscr", "accuracy"),
+    measurement: Measurement,
+    metrics: Sequence[Metric | Rate] = tuple(_NAMES),
 ) -> Comparison:
-    """Two models, each at its own k, on the test images in `data` of the split that both were trained for.
+    """Two models, each at its own k and threshold, on the test images of the split that both were trained for.
 
     Raises:
         InputError: a model or the images are not there, the models are of different splits, or there are no unknown
             test images to measure one of `metrics` by when it is the only one.
     """
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}; set it within (0, 1)")
-    if resamples < 100:
-        raise InputError(f"resamples is {resamples}; set it to 100 or more")
-    models = [load_model(uri, tracking_uri, device_by_default()) for uri in (first, second)]
+    models = [load_model(uri, measurement.tracking_uri, device_by_default()) for uri in (first, second)]
     hashes = [model.card.split_hash for model in models]
     if hashes[0] != hashes[1]:
         raise InputError(
             f"{first} was trained for split {hashes[0]}, {second} for {hashes[1]}: their test images differ; "
             "compare models of one protocol and split"
         )
-    partitions = Partitions(find_split(data, Protocol.from_dict(models[0].card.protocol)), models[0].device)
+    partitions = Partitions(find_split(measurement.data, Protocol.from_dict(models[0].card.protocol)), models[0].device)
     scores = [TestScores.of(model, partitions) for model in models]
     if not len(scores[0].unknown):
-        metrics = [name for name in metrics if name == "accuracy"]
+        metrics = [name for name in metrics if "unknown" not in _IMAGES[name]]
         if not metrics:
             raise InputError("the models' protocol has no unknown class to recognise: use --metric accuracy")
     if min(len(scores[0].known), len(scores[0].unknown) or 2) < 2:
         raise InputError("one test image is too few to compare by: build a protocol with more")
-    measured = {name: difference(*scores, name, confidence=confidence, resamples=resamples) for name in metrics}
-    return Comparison(measured, len(scores[0].known), len(scores[0].unknown))
+    return Comparison(
+        {
+            name: difference(*scores, name, confidence=measurement.confidence, resamples=measurement.resamples)
+            for name in metrics
+        },
+        known=len(scores[0].known),
+        unknown=len(scores[0].unknown),
+        thresholds=(scores[0].threshold, scores[1].threshold),
+        same_scores=scores[0].same_scores(scores[1]),
+    )
 
 
 def comparison_table(result: Comparison, first: str, second: str, confidence: float) -> Table:
     images = f"{result.known:,} known and {result.unknown:,} unknown test images, percent"
     title = f"first: {escape(first)}\nsecond: {escape(second)}\n{images}"
     table = Table("", "first", "second", "difference", f"{confidence:.0%} interval", title=title)
-    for name, found in result.differences.items():
+    one, other = result.thresholds
+    table.caption = f"thresholds {one:.4f} and {other:.4f}"
+    if result.same_scores:
+        table.caption = "the models answer alike" if one == other else f"only the {table.caption} differ"
+    for found in result.differences.values():
         low, high = 100 * found.low, 100 * found.high
         table.add_row(
-            {"auroc": "AUROC", "oscr": "OSCR", "accuracy": "closed-set accuracy"}[name],
+            _NAMES[found.metric],
             f"{100 * found.first:.2f}",
             f"{100 * found.second:.2f}",
             f"{100 * found.value:+.2f}",
@@ -179,13 +238,10 @@ def comparison_table(result: Comparison, first: str, second: str, confidence: fl
 def promote(
     champion: str,
     challenger: str,
+    measurement: Measurement,
     *,
     margin: float,
     metric: Metric,
-    data: Path,
-    tracking_uri: str | None,
-    confidence: float,
-    resamples: int,
     console: Console,
 ) -> bool:
     """Move the alias of `champion` ("models:/NAME@ALIAS") to `challenger`, a version of the same model, unless it is
@@ -198,12 +254,12 @@ def promote(
 
     if not 0 <= margin < 1:
         raise InputError(f"margin is {margin}; set it within 0 to below 1")
-    client = MlflowClient(resolve_uri(tracking_uri))
+    client = MlflowClient(resolve_uri(measurement.tracking_uri))
     name, _, alias = champion.removeprefix("models:/").partition("@")
     if not champion.startswith("models:/") or not alias:
         raise InputError(f"{champion} names no alias to move: give models:/NAME@ALIAS")
     check_alias(alias)
-    new = find_version(challenger, tracking_uri)
+    new = find_version(challenger, measurement.tracking_uri)
     if new.name != name:
         raise InputError(f"{challenger} is no version of {name}: an alias stays with its model; register it there")
     version, old = str(new.version), client.get_registered_model(name).aliases.get(alias)
@@ -214,16 +270,8 @@ def promote(
     if str(old) == version:
         raise InputError(f"{challenger} is version {version}, which is @{alias} already: name another challenger")
     rival = f"models:/{name}/{old}"
-    result = compare(
-        rival,
-        f"models:/{name}/{version}",
-        data=data,
-        tracking_uri=tracking_uri,
-        confidence=confidence,
-        resamples=resamples,
-        metrics=[metric],
-    )
-    console.print(comparison_table(result, rival, f"models:/{name}/{version}", confidence))
+    result = compare(rival, f"models:/{name}/{version}", measurement, metrics=[metric])
+    console.print(comparison_table(result, rival, f"models:/{name}/{version}", measurement.confidence))
     found = result.differences[metric]
     if not found.low >= -margin:  # nor where there is no number
         client.set_model_version_tag(name, version, f"{alias}.refused", f"against version {old}: {found}")

@@ -2,7 +2,7 @@
 
 One model is an encoder, a gallery of training embeddings, the class names, a threshold and the preprocessing: what it
 takes to name the class of an image or say "unknown". On disk it is safetensors and JSON; MLflow loads them through
-`_load_pyfunc` below, so nothing is pickled. `python -m trainer.registry` registers, compares and promotes.
+`_load_pyfunc` below, so nothing is pickled. `trainer.registry_commands` is what `python -m trainer.registry` can do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -423,119 +421,7 @@ def _load_pyfunc(data_path: str) -> Any:
     return ServedModel(OpenSetModel.load(Path(data_path), device))
 
 
-app = tyro.extras.SubcommandApp()
-
-
-@app.command(name="register")
-def _register(run_dir: tyro.conf.Positional[Path], model_name: str | None = None, alias: str = "champion") -> None:
-    """Register the model of a run folder in MLflow, where training could not do it itself.
-
-    Args:
-        run_dir: Run folder of a finished training.
-        model_name: Name in the registry. Default: METHOD-PROTOCOL.
-        alias: Alias that is moved to the new version; empty for none.
-    """
-    card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
-    name = model_name or f"{card.method}-{card.protocol['name']}"
-    version = register(run_dir, name, alias)
-    print(f"registered {name} version {version}" + (f" as @{alias}" if alias else ""))
-
-
-@app.command(name="compare")
-def _compare(
-    champion: tyro.conf.Positional[str],
-    challenger: tyro.conf.Positional[str],
-    data: Path = Path("data"),
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    tracking_uri: str | None = None,
-) -> None:
-    """Measure two models on the same test images: the difference, and its paired bootstrap interval.
-
-    Args:
-        champion: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as runs/demo/model.
-        challenger: The other one, of the same protocol and split.
-        data: Data folder that holds the built files, or the folder of one build.
-        confidence: Of the interval; within (0, 1).
-        resamples: How often the test images are drawn anew; 100 or more.
-        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
-    """
-    from trainer.promotion import compare, comparison_table
-
-    result = compare(
-        champion, challenger, data=data, tracking_uri=tracking_uri, confidence=confidence, resamples=resamples
-    )
-    Console(soft_wrap=True).print(comparison_table(result, champion, challenger, confidence))
-
-
-@app.command(name="promote")
-def _promote(
-    champion: tyro.conf.Positional[str],
-    challenger: tyro.conf.Positional[str],
-    margin: float = 0.01,
-    metric: Literal["auroc", "oscr", "accuracy"] = "auroc",
-    data: Path = Path("data"),
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    tracking_uri: str | None = None,
-) -> None:
-    """Move an alias to another version if that is not worse; ends with status 1 where it may be.
-
-    Args:
-        champion: The alias, models:/NAME@ALIAS.
-        challenger: The version that shall carry it, models:/NAME/VERSION or by another alias.
-        margin: Not worse means: the interval of the difference lies above minus this; 0.01 is one point of percent.
-            0 asks for a challenger that is surely better.
-        metric: What is compared.
-        data: Data folder that holds the built files, or the folder of one build.
-        confidence: Of the interval; within (0, 1).
-        resamples: How often the test images are drawn anew; 100 or more.
-        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
-    """
-    from trainer.promotion import promote
-
-    moved = promote(
-        champion,
-        challenger,
-        margin=margin,
-        metric=metric,
-        data=data,
-        tracking_uri=tracking_uri,
-        confidence=confidence,
-        resamples=resamples,
-        console=Console(soft_wrap=True),
-    )
-    if not moved:
-        raise SystemExit(1)
-
-
-@app.command(name="demote")
-def _demote(champion: tyro.conf.Positional[str], why: str = "", tracking_uri: str | None = None) -> None:
-    """Give an alias back to the version that carried it before.
-
-    Args:
-        champion: The alias, models:/NAME@ALIAS.
-        why: What the history shall say.
-        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
-    """
-    from trainer.promotion import demote
-
-    print(f"{champion} is version {demote(champion, why, tracking_uri)} again")
-
-
-@app.command(name="history")
-def _history(name: tyro.conf.Positional[str], tracking_uri: str | None = None) -> None:
-    """Show a model's versions and every move of its aliases, as the registry's tags have them.
-
-    Args:
-        name: Name of the model, such as gradmix-digits.
-        tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
-    """
-    from trainer.promotion import history_tables
-
-    for table in history_tables(name.removeprefix("models:/"), tracking_uri):
-        Console().print(table)
-
-
 if __name__ == "__main__":
-    cli.run(lambda: app.cli(prog="python -m trainer.registry", description=__doc__.split("\n")[0]))
+    from trainer.registry_commands import main
+
+    cli.run(main)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,14 +62,14 @@ class ServedModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each image: label, class, score, threshold, class_scores, neighbours."""
         card = self.model.card
-        wanted = (params or {}).get("neighbours")
-        wanted = card.k if wanted is None else int(wanted)
         try:
-            if not 0 <= wanted <= MAX_NEIGHBOURS:
-                raise InputError(f"neighbours is {wanted}: ask for 0 to {MAX_NEIGHBOURS}")
+            wanted = _count((params or {}).get("neighbours"), card.k)
             squares = read_images(model_input, card.image_size, card.channels)
         except InputError as error:
             raise RefusedRequest(str(error)) from error
+        except (TypeError, ValueError) as error:  # of nested lists and tables there are more shapes than can be named
+            reason = textwrap.shorten(str(error), 200) or type(error).__name__
+            raise RefusedRequest(f'what was sent is no list of images ({reason}): put one into "inputs"') from error
         answer = self._recognise(torch.from_numpy(squares), min(wanted, len(self.model.gallery)))
         return pd.DataFrame(
             {
@@ -83,6 +84,16 @@ class ServedModel:
                 ],
             }
         )
+
+
+def _count(neighbours: Any, default: int) -> int:
+    """How many neighbours are asked for."""
+    if neighbours is None:
+        return default
+    count = neighbours if isinstance(neighbours, int | np.integer) else -1
+    if not 0 <= count <= MAX_NEIGHBOURS:
+        raise InputError(f"neighbours is {textwrap.shorten(repr(neighbours), 30)}: ask for 0 to {MAX_NEIGHBOURS}")
+    return int(count)
 
 
 @dataclass
@@ -159,8 +170,7 @@ def read_images(model_input: Any, size: int, channels: int) -> np.ndarray:
     squares = np.empty((len(items), size, size, channels), np.uint8)
     for number, item in enumerate(items):
         try:
-            # Each is fitted before the next is decoded: one large image is held at a time.
-            squares[number] = images.fit(_image(item, channels), size)
+            squares[number] = _square(item, channels, size)
         except InputError as error:
             raise InputError(f"image {number} is {error}" if len(items) > 1 else f"the image is {error}") from error
     return squares
@@ -171,11 +181,10 @@ def _items(model_input: Any) -> Sequence[Any]:
     if isinstance(model_input, pd.DataFrame):
         if model_input.empty:
             return []
-        model_input = {name: model_input[name].tolist() for name in model_input.columns}
+        _check_one_column(model_input.columns)
+        model_input = model_input.iloc[:, 0].tolist()
     if isinstance(model_input, dict):
-        if len(model_input) != 1:
-            names = ", ".join(map(str, model_input)) or "none"
-            raise InputError(f'the images must be the one column "image", not columns {names}')
+        _check_one_column(list(model_input))
         (model_input,) = model_input.values()
     if isinstance(model_input, np.ndarray) and model_input.ndim == 0:
         model_input = model_input.item()
@@ -186,8 +195,15 @@ def _items(model_input: Any) -> Sequence[Any]:
     return model_input
 
 
-def _image(item: Any, channels: int) -> np.ndarray:
-    """One image as uint8 (H, W, channels), from base64 text, an encoded file's bytes, or an array or nested list."""
+def _check_one_column(names: Sequence[Any]) -> None:
+    """Whatever its name is: one column leaves no doubt."""
+    if len(names) != 1:
+        listed = textwrap.shorten(", ".join(map(str, names)), 100) or "none"
+        raise InputError(f'the images must be one column, such as "image", not {len(names)} columns ({listed})')
+
+
+def _square(item: Any, channels: int, size: int) -> np.ndarray:
+    """Base64 text, an encoded file's bytes, an array or a nested list as uint8 (size, size, channels)."""
     if isinstance(item, str):
         try:
             # What a browser makes of a file begins with "data:image/png;base64,"; other programs break lines.
@@ -196,9 +212,9 @@ def _image(item: Any, channels: int) -> np.ndarray:
         except (binascii.Error, ValueError) as error:
             raise InputError("neither base64 nor numbers: encode the file's bytes in base64") from error
     if isinstance(item, bytes):
-        return images.decode(item, channels)
+        return images.decode(item, channels, size)
     try:
         array = np.asarray(item)
     except ValueError as error:
         raise InputError("made of rows of different lengths: send (H, W), (H, W, 1) or (H, W, 3)") from error
-    return images.from_array(array, channels)
+    return images.from_array(array, channels, size)
