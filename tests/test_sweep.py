@@ -85,6 +85,29 @@ def test_a_search_never_reads_an_image_of_an_unknown_class(monkeypatch, tmp_path
     assert {path.parent.name for path in opened} == {f"digits-pseudo{seed}-0-16px-raw" for seed in (0, 1)}
 
 
+def test_a_trial_that_dies_between_a_checkpoint_and_its_score_reports_it_later(monkeypatch, tmp_path):
+    for seed in (0, 1):
+        build(BuildConfig(pseudo_open=seed, out=tmp_path / "data"), QUIET)
+    splits = [pseudo_split(tmp_path / "data", pseudo_name("digits", seed), 0, 1) for seed in (0, 1)]
+    config = dataclasses.replace(recipe("digits"), epochs=3, encoder=EncoderConfig(width=4), ks=(1, 5))
+    straight = dict(trial_scores(config, splits, tmp_path / "straight", 1))
+    assert list(straight) == [1, 2, 3]
+
+    def dies(trainers):
+        raise KeyboardInterrupt
+
+    trial = trial_scores(config, splits, tmp_path / "trial", 1)
+    got = dict([next(trial)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tuning.trial.mean_scores", dies)
+        next(trial)
+    got |= dict(trial_scores(config, splits, tmp_path / "trial", 1, reported={1}))
+    seconds = {"train_seconds"}
+    assert [{k: v for k, v in each.items() if k not in seconds} for each in got.values()] == [
+        {k: v for k, v in each.items() if k not in seconds} for each in straight.values()
+    ]
+
+
 def test_a_sweep_is_one_run_with_its_trials_nested_and_the_winner_measured_once(config, tmp_path):
     store = f"sqlite:///{tmp_path}/store.db"
     tracking = dataclasses.replace(config.base.tracking, uri=store)

@@ -234,8 +234,8 @@ class LossLog:
 def training_epochs(
     trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]
 ) -> Iterator[tuple[int, float]]:
-    """Train all steps that are not done yet, with their checkpoints. After each epoch, yields how many are done and the
-    seconds that they took.
+    """Train all steps that are not done yet, with their checkpoints. After each epoch, and first for the one that a
+    checkpoint was written after, yields how many are done and the seconds that they took.
 
     Raises:
         Preempted: the system asked the process to end; a checkpoint of this very step is written.
@@ -244,7 +244,7 @@ def training_epochs(
     keeper = Keeper(trainer, run, identity)
     progress = keeper.resume()
     seconds = progress.train_seconds
-    if progress.epoch == config.total_epochs:
+    if progress.epoch > 0 and progress.step == 0:  # the end may have come before what follows an epoch was done
         yield progress.epoch, seconds
     with progress_bar(run.console) as bar, requests_to_stop() as asked:
         task = bar.add_task("", total=config.total_epochs * len(loader), losses="")

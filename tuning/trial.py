@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def train_trial(
             parent=settings.parent,
         )
     try:
-        for epoch, scores in trial_scores(config, splits, folder, settings.report_every):
+        reported = from_first_rank(lambda: tracker.steps)
+        for epoch, scores in trial_scores(config, splits, folder, settings.report_every, reported):
             tracker.log({f"pseudo/{name}": value for name, value in scores.items()}, epoch)
             report({"epoch": epoch, **scores})
     except BaseException as error:
@@ -128,9 +129,10 @@ def pseudo_split(data: Path, name: str, split: int, workers: int) -> Partitions:
 
 
 def trial_scores(
-    config: TrainConfig, splits: Sequence[Partitions], folder: Path, every: int
+    config: TrainConfig, splits: Sequence[Partitions], folder: Path, every: int, reported: Collection[int] = ()
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """(epochs done, scores) after every so many epochs and at the end; goes on from `folder`'s checkpoints.
+    """(epochs done, scores) after every so many epochs and at the end, but for those that an earlier attempt has
+    `reported`; goes on from `folder`'s checkpoints.
 
     The score is the mean over splits of AUROC on pseudo-unknown classes at the best k, and closed-set accuracy counts
     in the second place: {"score", "auroc", "accuracy", "k", "train_seconds"}.
@@ -154,7 +156,7 @@ def trial_scores(
             for place, epochs in enumerate(runs):
                 while done[place] < target:
                     done[place], seconds[place] = next(epochs)
-            if min(done) == target:  # else an earlier attempt has reported it
+            if target not in reported and done == [target] * len(done):
                 scores = from_first_rank(lambda: mean_scores(trainers))
                 yield target, {**scores, "train_seconds": sum(seconds)}
 
