@@ -22,8 +22,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` only if the block ends well.
 
     Raises:
-        InputError: the disk is full; nothing was changed.
+        InputError: the disk is full, or `path` is a folder; nothing was changed.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:

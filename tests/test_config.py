@@ -13,7 +13,16 @@ import pytest
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import protocol_names
 from trainer import config as config_module
-from trainer.config import METHODS, RECIPES, CrossEntropyConfig, MixingConfig, ObjectiveConfig, TrainConfig, recipe
+from trainer.config import (
+    METHODS,
+    RECIPES,
+    CrossEntropyConfig,
+    MixingConfig,
+    ObjectiveConfig,
+    TrackingConfig,
+    TrainConfig,
+    recipe,
+)
 from trainer.train import parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +169,10 @@ def test_light_modules_import_torch_and_numpy_only():
     program = f"import sys, {', '.join(modules)}; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("alias", ["latest", "v3", "two words", "a/b", "a@b", "naïve"])
+def test_an_alias_that_mlflow_does_not_take_is_refused_at_once(alias):
+    with pytest.raises(InputError, match=r"alias is .*; use letters, digits"):
+        TrackingConfig(alias=alias)
+    assert TrackingConfig(alias="").alias == "" and TrackingConfig(alias="v3-careful_1").alias == "v3-careful_1"

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -266,3 +267,12 @@ def test_python_callers_get_a_frame(model, test_images):
     assert served.predict(files)["score"].tolist() == frame["score"].tolist()
     with pytest.raises(RefusedRequest, match="image 1 is not an image file"):
         served.predict([files[0], b"nothing"])
+
+
+def test_null_neighbours_are_the_default_and_base64_may_have_line_breaks(model):
+    file = encoded(Image.new("L", (99, 99), 128))
+    served = ServedModel(model)
+    wrapped = served.predict([base64.encodebytes(file).decode()], {"neighbours": None})
+    plain = served.predict([base64.b64encode(file).decode()])
+    assert len(wrapped.neighbours[0]) == model.card.k
+    pd.testing.assert_frame_equal(wrapped, plain)

@@ -21,6 +21,7 @@ from data_pipeline.beton import find_split
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
+from trainer.config import check_alias
 from trainer.open_set import calibrate_threshold
 from trainer.registry import OpenSetModel, find_version, load_model, log_version, move_alias
 from trainer.tracking import resolve_uri
@@ -110,6 +111,7 @@ class CalibrateConfig:
     """MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db."""
 
     def __post_init__(self) -> None:
+        check_alias(self.alias)
         if self.target_accept is not None and not 0 < self.target_accept <= 1:
             raise InputError(f"target-accept is {self.target_accept}; set it within (0, 1]")
         if not 0 < self.confidence < 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,13 @@ Layer = Literal["conv3_2", "conv4_2", "conv5_2"]
 Architecture = Literal["resnet18", "resnet34", "resnet50"]
 Classifier = Literal["linear", "reciprocal"]
 """What makes logits of features: weights and a bias for each class, or a reciprocal point (ARPL)."""
+
+
+def check_alias(alias: str) -> None:
+    """Raise `InputError` unless MLflow takes `alias`, or it is empty."""
+    taken_for_a_version = alias.lower() == "latest" or re.fullmatch(r"v\d+", alias.lower())
+    if taken_for_a_version or not re.fullmatch(r"[\w-]*", alias, re.ASCII):
+        raise InputError(f"alias is {alias!r}; use letters, digits, - and _, but not latest nor v and a number")
 
 
 def _require(holds: bool, field_name: str, value: object, remedy: str) -> None:
@@ -254,10 +262,9 @@ class TrackingConfig:
     """Record in the run folder only; deliver later with python -m trainer.tracking and trainer.registry."""
 
     def __post_init__(self) -> None:
-        for name in ("model_name", "alias"):
-            value = getattr(self, name) or ""
-            holds = not set(value) & set("/:@")
-            _require(holds, f"tracking.{name.replace('_', '-')}", repr(value), "leave out the characters / : @")
+        name = self.model_name or ""
+        _require(not set(name) & set("/:@"), "tracking.model-name", repr(name), "leave out the characters / : @")
+        check_alias(self.alias)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def read_square(path: Path, size: int, channels: int) -> np.ndarray | InputError
     except InputError as error:
         return error
     except OSError as error:
-        return InputError(f"cannot be read: {error.strerror or error}")
+        return InputError(f"not readable ({error.strerror or error}): correct the path")
 
 
 def read_squares(paths: Sequence[Path], size: int, channels: int) -> Iterator[np.ndarray | InputError]:

@@ -21,6 +21,7 @@ from data_pipeline.beton import find_split
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
+from trainer.config import check_alias
 from trainer.evaluate import device_by_default
 from trainer.metrics import auroc, oscr
 from trainer.registry import OpenSetModel, find_version, load_model, move_alias, moves
@@ -201,6 +202,7 @@ def promote(
     name, _, alias = champion.removeprefix("models:/").partition("@")
     if not champion.startswith("models:/") or not alias:
         raise InputError(f"{champion} names no alias to move: give models:/NAME@ALIAS")
+    check_alias(alias)
     new = find_version(challenger, tracking_uri)
     if new.name != name:
         raise InputError(f"{challenger} is no version of {name}: an alias stays with its model; register it there")
@@ -223,7 +225,7 @@ def promote(
     )
     console.print(comparison_table(result, rival, f"models:/{name}/{version}", confidence))
     found = result.differences[metric]
-    if found.low < -margin:
+    if not found.low >= -margin:  # nor where there is no number
         client.set_model_version_tag(name, version, f"{alias}.refused", f"against version {old}: {found}")
         console.print(
             f"version {old} stays @{alias}: version {version} may be worse by {-found.low:.4f} in {metric}, more than "

@@ -31,7 +31,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
 from data_pipeline.protocols import UNKNOWN
 from data_pipeline.views import render_plain
-from trainer.config import Classifier, EncoderConfig
+from trainer.config import Classifier, EncoderConfig, check_alias
 from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 from trainer.open_set import Scores, class_scores, neighbours, score
 from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
@@ -235,6 +235,7 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    check_alias(alias)
     link = Link.read(run_dir)
     card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
     check_store(link.uri)

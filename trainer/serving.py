@@ -61,7 +61,8 @@ class ServedModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each image: label, class, score, threshold, class_scores, neighbours."""
         card = self.model.card
-        wanted = int((params or {}).get("neighbours", card.k))
+        wanted = (params or {}).get("neighbours")
+        wanted = card.k if wanted is None else int(wanted)
         try:
             if not 0 <= wanted <= MAX_NEIGHBOURS:
                 raise InputError(f"neighbours is {wanted}: ask for 0 to {MAX_NEIGHBOURS}")
@@ -189,8 +190,9 @@ def _image(item: Any, channels: int) -> np.ndarray:
     """One image as uint8 (H, W, channels), from base64 text, an encoded file's bytes, or an array or nested list."""
     if isinstance(item, str):
         try:
-            # What a browser makes of a file begins with "data:image/png;base64,".
-            item = base64.b64decode(item.partition(",")[2] if item.startswith("data:") else item, validate=True)
+            # What a browser makes of a file begins with "data:image/png;base64,"; other programs break lines.
+            text = item.partition(",")[2] if item.startswith("data:") else item
+            item = base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise InputError("neither base64 nor numbers: encode the file's bytes in base64") from error
     if isinstance(item, bytes):
