@@ -48,11 +48,6 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 class Tracker(Protocol):
     """Where a training run reports to."""
 
-    @property
-    def steps(self) -> set[int]:
-        """What has been logged for, also by an earlier attempt at the run."""
-        ...
-
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def close(self, status: str) -> None: ...
@@ -60,10 +55,6 @@ class Tracker(Protocol):
 
 class NullTracker:
     """The tracker of every rank but the first."""
-
-    @property
-    def steps(self) -> set[int]:
-        return set()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         pass
@@ -185,10 +176,6 @@ class JournalTracker:
         if not offline:
             self._thread = threading.Thread(target=self._deliver, name="mlflow-delivery", daemon=True)
             self._thread.start()
-
-    @property
-    def steps(self) -> set[int]:
-        return {step for step, *_ in self._logged}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if (step, *metrics) in self._logged:
