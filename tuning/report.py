@@ -55,7 +55,8 @@ def draw(trials: Sequence[Trial], space: SearchSpace, folder: Path) -> dict[str,
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scored = [trial for trial in trials if trial.score is not None]
+    # In an order of their own, so that a search that was resumed says what one does that was not.
+    scored = sorted((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score)
     if len({trial.score for trial in scored}) < 2:
         return {}
     study = optuna.create_study(direction="maximize")
