@@ -241,3 +241,20 @@ def test_no_figure_stays_in_pyplot_and_the_style_does_not_leak():
     assert dict(matplotlib.rcParams) == before
     if "matplotlib.pyplot" in sys.modules:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_slices_and_parallel_coordinates_show_every_trial_at_its_values():
+    columns = {"rate": [0.01, 0.1, 1.0], "γ": [0.2, 0.4, 0.2], "layer": ["b", "a", "b"]}
+    scores = [0.7, 0.9, 0.8]
+    options = {"logarithmic": ["rate"], "title": "3 trials", "label": "score"}
+    rate, gamma, layer = plots.slices(columns, scores, **options).axes
+    for axes, places in ((rate, [0, 0.5, 1]), (gamma, [0, 1, 0]), (layer, [1, 0, 1])):
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([places, scores], axis=1), atol=1e-12)
+        np.testing.assert_allclose(axes.collections[1].get_offsets(), [[places[1], 0.9]], atol=1e-12)  # the best
+    assert [text.get_text() for text in rate.get_xticklabels()] == ["0.01", "0.1", "1"]
+    assert [text.get_text() for text in layer.get_xticklabels()] == ["a", "b"]
+
+    axes = plots.parallel_coordinates(columns, scores, **options).axes[0]
+    drawn = [line.get_ydata() for line in axes.lines[:3]]  # the best last, on top
+    np.testing.assert_allclose(drawn, [[0, 0, 1], [1, 0, 1], [0.5, 1, 0]], atol=1e-12)
+    assert {"0.01", "0.1", "1", "0.2", "0.3", "0.4", "a", "b"} == {text.get_text() for text in axes.texts}

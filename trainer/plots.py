@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,6 +290,83 @@ def lines(
     elif len(series) > 1:
         axes.legend()
     return figure
+
+
+@_styled
+def slices(
+    columns: Mapping[str, Sequence[Any]],
+    scores: Sequence[float],
+    *,
+    logarithmic: Collection[str] = (),
+    title: str,
+    label: str,
+) -> Figure:
+    """The score over each of several quantities, in small pictures beside each other, the best one marked.
+
+    Args:
+        columns: for each quantity its values, one for each score: numbers, on a `logarithmic` scale where named, or
+            anything else, evenly spaced.
+    """
+    figure = _figure(max(6.0, 2.2 * len(columns)), 3.4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    best = int(np.argmax(scores))
+    for axes, (name, values) in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns.items()):
+        places, ticks = _places(values, name in logarithmic)
+        axes.scatter(places, scores, s=18, color=COLOURS[0], alpha=0.7, linewidth=0)
+        axes.scatter(places[best], scores[best], s=45, color=COLOURS[1])
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_xlim(-0.06, 1.06)
+        axes.set_xlabel(name)
+    figure.axes[0].set_ylabel(label)
+    return figure
+
+
+@_styled
+def parallel_coordinates(
+    columns: Mapping[str, Sequence[Any]],
+    scores: Sequence[float],
+    *,
+    logarithmic: Collection[str] = (),
+    title: str,
+    label: str,
+) -> Figure:
+    """A line for each score through its values of all quantities, as `slices` takes them; darker is better, and the
+    best one is marked."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure, axes = _axes(title, "", "", width=max(6.0, 1.9 * len(columns)))
+    colours = ScalarMappable(Normalize(min(scores), max(scores)), "cividis_r")
+    scaled = {name: _places(values, name in logarithmic) for name, values in columns.items()}
+    paths = np.stack([places for places, _ in scaled.values()], axis=1)
+    order = np.argsort(scores)
+    for number in order:
+        marked = {"color": COLOURS[1], "linewidth": 2.5} if number == order[-1] else {"linewidth": 1.2}
+        axes.plot(paths[number], **{"color": colours.to_rgba(scores[number]), "linestyle": "-", **marked})
+    for column, (_, ticks) in enumerate(scaled.values()):
+        axes.axvline(column, color="#444444", linewidth=0.8, zorder=0)
+        for place, text in ticks.items():
+            axes.annotate(text, (column, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    figure.colorbar(colours, ax=axes, label=label)
+    return figure
+
+
+def _places(values: Sequence[Any], logarithmic: bool) -> tuple[np.ndarray, dict[float, str]]:
+    """Where values lie between the least, 0, and the largest, 1; and marks for such a scale."""
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        names = sorted({str(value) for value in values})
+        spots = dict(zip(names, np.linspace(0, 1, len(names)) if len(names) > 1 else [0.5]))
+        return np.array([spots[str(value)] for value in values]), {float(spot): name for name, spot in spots.items()}
+    there, back = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
+    numbers = there(np.asarray(values, float))
+    low, high = numbers.min(), numbers.max()
+    if low == high:
+        return np.full(len(numbers), 0.5), {0.5: f"{back(low):.3g}"}
+    return (numbers - low) / (high - low), {mark: f"{back(low + mark * (high - low)):.3g}" for mark in (0.0, 0.5, 1.0)}
 
 
 @_styled

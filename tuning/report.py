@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from trainer import plots
 from tuning.space import SearchSpace
 
 
@@ -47,45 +47,42 @@ def table_of(trials: Sequence[Trial], title: str, most: int = 10) -> Table:
 
 
 def draw(trials: Sequence[Trial], space: SearchSpace, folder: Path) -> dict[str, float]:
-    """Write importance.png, parallel_coordinates.png and slices.png; returns each knob's importance, 0 to 1.
+    """Draw importance, parallel_coordinates and slices, as PNG and SVG; returns each knob's importance, 0 to 1.
 
     Importance is fANOVA's (Hutter et al. 2014): the share of the score's variance that a knob explains. It takes at
     least two trials with different scores; with fewer nothing is drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import optuna
-    from optuna.visualization import matplotlib as pictures
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize")
-    for trial in trials:
-        if trial.score is not None:
-            distributions = {name: space.distributions[name] for name in trial.values}
-            study.add_trial(
-                optuna.trial.create_trial(params=trial.values, distributions=distributions, value=trial.score)
-            )
-    if len({trial.value for trial in study.trials}) < 2:
+    # In an order of their own, so that a search that was resumed says what one does that was not.
+    scored = sorted((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score)
+    if len({trial.score for trial in scored}) < 2:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(direction="maximize")
+    for trial in scored:
+        distributions = {name: space.distributions[name] for name in trial.values}
+        study.add_trial(optuna.trial.create_trial(params=trial.values, distributions=distributions, value=trial.score))
     importance = optuna.importance.get_param_importances(
         study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
     )
-    for name, plot in (
-        ("importance", pictures.plot_param_importances),
-        ("parallel_coordinates", pictures.plot_parallel_coordinate),
-        ("slices", pictures.plot_slice),
-    ):
-        arguments = {"evaluator": optuna.importance.FanovaImportanceEvaluator(seed=0)} if name == "importance" else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            plot(study, **arguments)
-        figure = plt.gcf()
-        figure.set_size_inches(max(figure.get_size_inches()[0], 10), 5)
-        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-        plt.close("all")
+    columns = {name: [trial.values[name] for trial in scored] for name in space.distributions}
+    scores = [trial.score for trial in scored]
+    logarithmic = {name for name, each in space.distributions.items() if getattr(each, "log", False)}
+    title = f"{len(scored)} trials"
+    figures = {
+        "importance": plots.grouped_bars(
+            list(importance),
+            {"fANOVA": [100 * share for share in importance.values()]},
+            title=f"{title}: what the score depends on",
+            label="share of its variance (percent)",
+        ),
+        "parallel_coordinates": plots.parallel_coordinates(
+            columns, scores, logarithmic=logarithmic, title=title, label="score"
+        ),
+        "slices": plots.slices(columns, scores, logarithmic=logarithmic, title=title, label="score"),
+    }
+    plots.save_figures(figures, folder)
     return dict(importance)
 
 

@@ -13,10 +13,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -26,13 +26,12 @@ from data_pipeline.beton import Build, find_build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.files import read_json, write_json
-from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
 from trainer.config import TrainConfig, recipe
 from trainer.engine import micro_batch_size
-from trainer.recognition import evaluate_open_set
-from trainer.registry import OpenSetModel, load_model, move_alias
+from trainer.promotion import Measurement, Metric, promote
+from trainer.registry import find_version
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -146,16 +145,19 @@ def sweep(config: SweepConfig, console: Console) -> dict[str, Any]:
     """The whole search; returns what is written to `result.json`."""
     space = SearchSpace.read(config.space)
     uri = resolve_uri(config.base.tracking.uri)
-    if not config.base.tracking.offline:
+    if config.warm_start or not config.base.tracking.offline:
         check_store(uri)
+    earlier = earlier_trials(config, space, uri)
     for seed in config.seeds:
         prepare(config, console, seed)
     with contextlib.closing(RunFolder(config.path, console)) as run:
         begin(config, space, run)
-        return run_sweep(config, space, uri, run, console)
+        return run_sweep(config, space, uri, earlier, run, console)
 
 
-def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder, console: Console) -> dict[str, Any]:
+def run_sweep(
+    config: SweepConfig, space: SearchSpace, uri: str, earlier: Sequence[Earlier], run: RunFolder, console: Console
+) -> dict[str, Any]:
     tracker = JournalTracker(
         run.path, uri=uri, experiment=config.base.tracking.experiment, offline=config.base.tracking.offline
     )
@@ -175,17 +177,17 @@ def run_sweep(config: SweepConfig, space: SearchSpace, uri: str, run: RunFolder,
             gpus=config.gpus,
         )
         started = time.perf_counter()
-        trials = search(config, settings, run)
+        trials = search(config, settings, earlier, run)
         seconds = time.perf_counter() - started
         trained = sum(trial.metrics["train_seconds"] or 0 for trial in trials)
         run.log(f"{len(trials)} trials in {seconds:,.0f} s, {trained:,.0f} s of training in all")
         tracker.log({"search_seconds": seconds, "train_seconds": trained}, 0)
         result = conclude(config, space, trials, run, tracker)
-        handed_over = config.base.tracking.offline or went_through(lambda: hand_over(run.path, trials))
+        handed_over = config.base.tracking.offline or went_through(lambda: hand_over(run.path))
         if config.final_epochs != 0:
             result["final"] = train_winner(config, space, result, settings, console)
             write_json(run.path / "result.json", result)
-        if not handed_over and not went_through(lambda: hand_over(run.path, trials)):
+        if not handed_over and not went_through(lambda: hand_over(run.path)):
             raise InputError(
                 f"the sweep is complete in {run.path}, but {without_password(uri)} has not taken all records of it: "
                 "when it does again, add --resume to the same command"
@@ -264,9 +266,13 @@ def parent_run(folder: Path, config: SweepConfig) -> str | None:
     return Link.read(folder).run_id
 
 
-def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list[Trial]:
+def search(config: SweepConfig, settings: TrialSettings, earlier: Sequence[Earlier], run: RunFolder) -> list[Trial]:
     """Run all trials on Ray."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Seconds between two notes of what trials there are, for --resume. By default ten: short trials are over by then.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    if earlier:
+        run.log(f"starting from {len(earlier)} trials of earlier sweeps")
     # Trials of several processes that are stopped early free their resources through the dashboard's agents.
     with connected(config.address, dashboard=config.ranks > 1) as where:
         nodes = nodes_with_cores()
@@ -274,7 +280,7 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
         run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
         at_once = preflight(config.ranks, config.cpus, config.gpus, [node["Resources"] for node in nodes])
         check_shared(None if settings.tracking.offline else settings.uri, [settings.data, settings.folder], nodes)
-        results = make_tuner(config, settings, at_once).fit()
+        results = make_tuner(config, settings, at_once, earlier).fit()
     trials = [
         Trial(
             name=result.metrics.get("trial_id", Path(result.path).name) if result.metrics else Path(result.path).name,
@@ -291,7 +297,7 @@ def search(config: SweepConfig, settings: TrialSettings, run: RunFolder) -> list
     return trials
 
 
-def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int) -> Tuner:
+def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int, earlier: Sequence[Earlier]) -> Tuner:
     """The search as Ray Tune runs it where `at_once` trials have room; with --resume the one in the sweep folder."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -316,7 +322,7 @@ def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int) -> Tu
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=searcher(config, settings),
+            search_alg=searcher(config, settings.space, earlier),
             scheduler=scheduler,
             num_samples=config.num_samples,
             time_budget_s=config.time_budget and 60 * config.time_budget,
@@ -335,55 +341,90 @@ def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int) -> Tu
     )
 
 
-def searcher(config: SweepConfig, settings: TrialSettings) -> Any:
+def searcher(config: SweepConfig, space: SearchSpace, earlier: Sequence[Earlier]) -> Any:
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.RandomSampler if config.search == "random" else optuna.samplers.TPESampler
-    points, scores = earlier_trials(config, settings)
-    known = {"points_to_evaluate": points, "evaluated_rewards": scores} if points else {}
-    return OptunaSearch(
-        settings.space.distributions, metric="score", mode="max", sampler=sampler(seed=config.seed), **known
-    )
+    points, scores = [trial.values for trial in earlier], [trial.score for trial in earlier]
+    known = {"points_to_evaluate": points, "evaluated_rewards": scores} if earlier else {}
+    return OptunaSearch(space.distributions, metric="score", mode="max", sampler=sampler(seed=config.seed), **known)
 
 
-def earlier_trials(config: SweepConfig, settings: TrialSettings) -> tuple[list[dict[str, Any]], list[float]]:
-    """Values and scores of the trials of earlier sweeps, out of MLflow."""
+class Earlier(NamedTuple):
+    """A trial of an earlier sweep."""
+
+    values: dict[str, Any]
+    score: float
+
+
+def earlier_trials(config: SweepConfig, space: SearchSpace, uri: str) -> list[Earlier]:
+    """Those of the sweeps to start from, out of MLflow.
+
+    Raises:
+        InputError: there is no such sweep, it was of another split, or it has no trial of this space.
+    """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    points, scores = [], []
+    found: list[Earlier] = []
     for parent in config.warm_start:
-        client = MlflowClient(settings.uri)
+        client = MlflowClient(uri)
         try:
-            experiment = client.get_run(parent).info.experiment_id
-            nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000)
+            run = client.get_run(parent)
+            nested = client.search_runs(
+                [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000
+            )
         except MlflowException as error:
             raise InputError(f"there is no MLflow run {parent} to start from: correct --warm-start") from error
-        for run in nested:
-            drawn = {name: run.data.params.get(f"search.{name}") for name in settings.space.distributions}
-            if "pseudo/score" in run.data.metrics and None not in drawn.values():
-                points.append({name: _parsed(settings.space, name, text) for name, text in drawn.items()})
-                scores.append(run.data.metrics["pseudo/score"])
-    return points, scores
+        protocol, split = (run.data.params.get(name) for name in ("protocol", "split"))
+        if (protocol, split) != (config.protocol, str(config.split)):
+            raise InputError(f"MLflow run {parent} is of protocol {protocol}, split {split}: correct --warm-start")
+        trials = [
+            Earlier(values, trial.data.metrics["pseudo/score"])
+            for trial in nested
+            if (values := _drawn(space, trial.data.params)) and "pseudo/score" in trial.data.metrics
+        ]
+        if not trials:
+            raise InputError(f"MLflow run {parent} has no trial of this search space: correct --warm-start or --space")
+        found += trials
+    return found
 
 
-def _parsed(space: SearchSpace, name: str, text: str) -> Any:
-    distribution = space.distributions[name]
-    if hasattr(distribution, "choices"):
-        return next(choice for choice in distribution.choices if str(choice) == text)
-    return type(distribution.low)(float(text))
+def _drawn(space: SearchSpace, params: Mapping[str, str]) -> dict[str, Any] | None:
+    """The values that a trial with these MLflow parameters had; None if they are not of `space`."""
+    texts = {name.removeprefix("search."): text for name, text in params.items() if name.startswith("search.")}
+    if texts.keys() != space.distributions.keys():
+        return None
+    values: dict[str, Any] = {}
+    for name, distribution in space.distributions.items():
+        if hasattr(distribution, "choices"):
+            fitting = [choice for choice in distribution.choices if str(choice) == texts[name]]
+        else:
+            try:
+                number = type(distribution.low)(texts[name])
+            except ValueError:
+                return None
+            fitting = [number] if distribution.low <= number <= distribution.high else []
+        if not fitting:
+            return None
+        values[name] = fitting[0]
+    return values
 
 
 def close_trials(settings: TrialSettings, trials: Sequence[Trial]) -> None:
-    """Trials that were stopped early had no time to say so."""
-    for trial in trials:
-        folder = settings.folder / "trials" / trial.name
-        if (folder / "mlflow.json").is_file():
-            link = Link.read(folder)
-            if link.status == "RUNNING":
-                link.replaced(status="FAILED" if trial.error else "FINISHED").save(folder)
+    """Note the end of those that had no time to: stopped early, or killed just when they began, and begun anew."""
+    ends = {trial.name: "FAILED" if trial.error else "FINISHED" for trial in trials}
+    for folder in trial_folders(settings.folder):
+        link = Link.read(folder)
+        if link.status == "RUNNING":
+            link.replaced(status=ends.get(folder.name, "KILLED")).save(folder)
+
+
+def trial_folders(sweep_folder: Path) -> list[Path]:
+    """Of all trials that have begun."""
+    return sorted(path.parent for path in sweep_folder.glob("trials/*/mlflow.json"))
 
 
 def conclude(
@@ -416,13 +457,12 @@ def conclude(
     return result
 
 
-def hand_over(folder: Path, trials: Sequence[Trial]) -> None:
+def hand_over(folder: Path) -> None:
     """Bring MLflow up to date with the trials, and give it the table and the pictures."""
     from mlflow.tracking import MlflowClient
 
-    for trial in trials:
-        if (folder / "trials" / trial.name / "mlflow.json").is_file():
-            deliver(folder / "trials" / trial.name)
+    for trial in trial_folders(folder):
+        deliver(trial)
     link = Link.read(folder)
     client = MlflowClient(link.uri)
     client.log_artifact(link.run_id, str(folder / "result.json"))
@@ -447,37 +487,34 @@ def train_winner(
     )
     train(winner, console)
     metrics = read_json(winner.folder / "metrics.json", "metrics")
-    final = {"auroc": metrics["auroc"][str(winner.k)], "k": winner.k, "run_dir": str(winner.folder)}
+    final = {"k": winner.k, "run_dir": str(winner.folder)}
+    # Where the protocol itself has no unknown class, only the accuracy is there.
+    final |= {name: metrics[name][str(winner.k)] for name in ("auroc", "closed_set_accuracy") if name in metrics}
     if not winner.tracking.offline:
-        final["alias"] = promote(winner, made, final["auroc"], console)
+        final["alias"] = crown(winner, "auroc" if "auroc" in final else "accuracy", console)
     return final
 
 
-def promote(winner: TrainConfig, made: Build, auroc: float, console: Console) -> str:
-    """Make the winner champion if there is none, or if it beats the present one on the same images."""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(winner.tracking.uri)
-    rival = champion(winner, made)
-    if rival is not None:
-        theirs = evaluate_open_set(rival, Partitions(made, rival.device), [rival.card.k])["auroc"][rival.card.k]
-        if auroc <= theirs:
-            console.print(f"the champion stays: its AUROC is {theirs:.4f}, the winner's {auroc:.4f} (@challenger)")
-            return "challenger"
+def crown(winner: TrainConfig, metric: Metric, console: Console) -> str:
+    """Make the winner champion if nobody is, or if it is surely better than the present one on the same images; returns
+    the alias it carries."""
     version = Link.read(winner.folder).version
-    why = f"winner of a sweep, AUROC {auroc:.4f}" + ("" if rival is None else f" against {theirs:.4f}")
-    move_alias(client, winner.model_name, "champion", version, why)
-    console.print(f"{winner.model_name} version {version} is the champion now (AUROC {auroc:.4f})")
-    return "champion"
-
-
-def champion(winner: TrainConfig, made: Build) -> OpenSetModel | None:
-    """The present champion, if it was trained for the same split."""
+    challenger = f"models:/{winner.model_name}/{version}"
+    if "champion" in find_version(challenger, winner.tracking.uri).aliases:
+        return "champion"  # from before the sweep was interrupted
     try:
-        model = load_model(f"models:/{winner.model_name}@champion", winner.tracking.uri)
-    except InputError:
-        return None
-    return model if model.card.split_hash == made.manifest.split_hash else None
+        better = promote(
+            f"models:/{winner.model_name}@champion",
+            challenger,
+            Measurement(data=winner.data, tracking_uri=winner.tracking.uri),
+            margin=0.0,
+            metric=metric,
+            console=console,
+        )
+    except InputError as error:
+        console.print(f"the champion stays, the winner is @challenger: {error}", markup=False, highlight=False)
+        return "challenger"
+    return "champion" if better else "challenger"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,16 @@ def run_trial(values: dict[str, Any], settings: TrialSettings) -> None:
 
 def run_trial_on_ranks(values: dict[str, Any], settings: TrialSettings) -> None:
     """The same for a trial of several processes, on one node or many, which Ray Train starts."""
+    import ray
     from ray import train, tune
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    # Whoever frees the place of a trial that was stopped early looks for Ray by this variable; without it, it gives up
+    # where a second Ray runs on the machine, and the next trial waits for ever.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     trial = tune.get_context().get_trial_id()
     TorchTrainer(
         lambda: train_trial(values, settings, trial, train.report),
@@ -111,8 +117,7 @@ def train_trial(
             parent=settings.parent,
         )
     try:
-        reported = from_first_rank(lambda: tracker.steps)
-        for epoch, scores in trial_scores(config, splits, folder, settings.report_every, reported):
+        for epoch, scores in trial_scores(config, splits, folder, settings.report_every):
             tracker.log({f"pseudo/{name}": value for name, value in scores.items()}, epoch)
             report({"epoch": epoch, **scores})
     except BaseException as error:
@@ -129,10 +134,10 @@ def pseudo_split(data: Path, name: str, split: int, workers: int) -> Partitions:
 
 
 def trial_scores(
-    config: TrainConfig, splits: Sequence[Partitions], folder: Path, every: int, reported: Collection[int] = ()
+    config: TrainConfig, splits: Sequence[Partitions], folder: Path, every: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """(epochs done, scores) after every so many epochs and at the end, but for those that an earlier attempt has
-    `reported`; goes on from `folder`'s checkpoints.
+    """(epochs done, scores) after every so many epochs and at the end. Where `folder` has checkpoints it goes on from
+    them, first with their own score: whoever died after writing them may not have told it to anybody.
 
     The score is the mean over splits of AUROC on pseudo-unknown classes at the best k, and closed-set accuracy counts
     in the second place: {"score", "auroc", "accuracy", "k", "train_seconds"}.
@@ -156,7 +161,7 @@ def trial_scores(
             for place, epochs in enumerate(runs):
                 while done[place] < target:
                     done[place], seconds[place] = next(epochs)
-            if target not in reported and done == [target] * len(done):
+            if done == [target] * len(done):  # else it was scored before the checkpoint
                 scores = from_first_rank(lambda: mean_scores(trainers))
                 yield target, {**scores, "train_seconds": sum(seconds)}
 

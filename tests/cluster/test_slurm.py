@@ -160,6 +160,22 @@ def test_a_sweep_that_must_make_room_comes_back_and_finishes_on_both_nodes(slurm
         assert "ray" not in left and "gradmix-ray" not in slurm.hosts.run(name, "ls", SCRATCH).stdout, left
 
 
+def test_the_ranks_of_a_trial_share_it_between_the_nodes(slurm, tmp_path):
+    """And those that are stopped early leave their place to the next."""
+    folder, before = tmp_path / "sweep", slurm.hosts.sent("n2")
+    job = submit(
+        slurm, tmp_path, SWEEP, "--data", str(tmp_path / "data"), "--folder", str(folder), *SEARCH, "--early-stopping",
+        "--num-samples", "3", "--epochs", "4", "--final-epochs", "0", "--ranks", "2", "--cpus", "0.9",
+        "--base.batch-size", "96",
+    )  # fmt: skip
+    assert wait_for_end(slurm, job, 900) == "COMPLETED 0:0 restarts=0", log(tmp_path)
+    assert "2 nodes, 2 CPUs" in log(tmp_path)
+    trials = json.loads((folder / "result.json").read_text())["trials"]
+    epochs = [trial["metrics"]["epoch"] for trial in trials]
+    assert len(epochs) == 3 and max(epochs) == 4 and not any(trial["error"] for trial in trials)
+    assert slurm.hosts.sent("n2") - before > 1e6, "no gradients came from the second node"
+
+
 def test_a_dry_run_prints_the_command_and_its_environment(tmp_path):
     done = subprocess.run(
         ["bash", str(TRAIN), "--dry-run", "--protocol", "cifar10"],
