@@ -349,7 +349,8 @@ def searcher(config: SweepConfig, space: SearchSpace, earlier: Sequence[Earlier]
     sampler = optuna.samplers.RandomSampler if config.search == "random" else optuna.samplers.TPESampler
     points, scores = [trial.values for trial in earlier], [trial.score for trial in earlier]
     known = {"points_to_evaluate": points, "evaluated_rewards": scores} if earlier else {}
-    return OptunaSearch(space.distributions, metric="score", mode="max", sampler=sampler(seed=config.seed), **known)
+    seed = config.seed + len(earlier)  # lest it draws again what an earlier sweep with this seed began with
+    return OptunaSearch(space.distributions, metric="score", mode="max", sampler=sampler(seed=seed), **known)
 
 
 class Earlier(NamedTuple):
