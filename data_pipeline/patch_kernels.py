@@ -1,4 +1,7 @@
-"""The pieces of a Triton kernel that say where a patch lies; `data_pipeline.patch` has the equations.
+"""The pieces of a Triton kernel that say where a patch lies and what it shows; `data_pipeline.patch` has the equations.
+
+They check the values that they read where `CHECKED` is among the options of the launch: one that is wrong stops the
+process at its next synchronisation, and no launch is spent on the question.
 
 Images are H×W, patches height×width, P of them an image; `centers` points at the places (y, x) of one image.
 """
@@ -6,10 +9,20 @@ Images are H×W, patches height×width, P of them an image; `centers` points at 
 import triton
 import triton.language as tl
 
+# Of assertions, those written here and not one on every sum of integers.
+CHECKED = {"debug": True, "sanitize_overflow": False}
+
+
+@triton.jit
+def check_partner(chosen, N):
+    """Of the image that a patch shows."""
+    tl.device_assert((chosen >= 0) & (chosen < N), "partner has an index out of range; set it within 0 to N - 1")
+
 
 @triton.jit
 def patch_side(ratio, SIZE: tl.constexpr):
     """⌊γ·SIZE + ½⌋, at least 1 and at most SIZE."""
+    tl.device_assert((ratio > 0) & (ratio <= 1), "gamma has a value out of range; set it within (0, 1]")
     return tl.minimum(tl.maximum(tl.floor(ratio * SIZE + 0.5), 1.0), SIZE).to(tl.int32)
 
 
@@ -17,6 +30,8 @@ def patch_side(ratio, SIZE: tl.constexpr):
 def corner(centers, p, height, width, H: tl.constexpr, W: tl.constexpr):
     """Top and left of patch p."""
     y, x = tl.load(centers + 2 * p).to(tl.float32), tl.load(centers + 2 * p + 1).to(tl.float32)
+    finite = (tl.abs(y) < float("inf")) & (tl.abs(x) < float("inf"))
+    tl.device_assert(finite, "centers has a place that is not finite; give one within [0, 1] for each patch")
     top = tl.floor(y * H - height.to(tl.float32) * 0.5 + 0.5)
     left = tl.floor(x * W - width.to(tl.float32) * 0.5 + 0.5)
     # Clamped before they become integers, which have no room for every float.

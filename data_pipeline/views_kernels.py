@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from data_pipeline import views as pytorch
-from data_pipeline.patch_kernels import corner, covered, patch_side
+from data_pipeline.patch_kernels import CHECKED, check_partner, corner, covered, patch_side
 from data_pipeline.views import ViewParameters
 
 BRIGHTNESS = tl.constexpr(pytorch.BRIGHTNESS)
@@ -68,6 +68,7 @@ def _render_views_kernel(
     source = n
     if BLOCKS == 3 and block == 2:
         source = tl.load(partner + n)
+        check_partner(source, N)
     if block == 1:
         crop, colour = _load_parameters(second, source, ROTATED)
     else:
@@ -186,7 +187,11 @@ def _render(
             tl.where(colour[5], gray, green),
             tl.where(colour[5], gray, blue),
         )
-    return (red - MEAN[0]) / STD[0], (green - MEAN[C // 2]) / STD[C // 2], (blue - MEAN[C - 1]) / STD[C - 1]
+    return (
+        (red - MEAN[0]) * (1.0 / STD[0]),
+        (green - MEAN[C // 2]) * (1.0 / STD[C // 2]),
+        (blue - MEAN[C - 1]) * (1.0 / STD[C - 1]),
+    )
 
 
 @triton.jit
@@ -209,9 +214,9 @@ def _crop(
     """
     top, left, height, width, flip, sine, cosine = crop
     x = tl.where(flip, SIZE - 1 - x, x)
-    center_y, support_y, first_y = _filter(y, top, height, SIZE)
-    center_x, support_x, first_x = _filter(x, left, width, SIZE)
-    # A filter is open at both ends and at most twice as wide as `support`: so many source pixels have a weight.
+    center_y, steepness_y, first_y = _filter(y, top, height, SIZE)
+    center_x, steepness_x, first_x = _filter(x, left, width, SIZE)
+    # A filter is open at both ends and at most as wide as two pixels of the view: so many source pixels have a weight.
     TAPS_Y: tl.constexpr = (2 * H + SIZE - 1) // SIZE if H > SIZE else 2
     TAPS_X: tl.constexpr = (2 * W + SIZE - 1) // SIZE if W > SIZE else 2
     red = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
@@ -219,53 +224,55 @@ def _crop(
     total_y = tl.zeros((y.shape[0],), tl.float32)
     total_x = tl.zeros((x.shape[0],), tl.float32)
     for tap_x in tl.static_range(TAPS_X):
-        total_x += _weight(first_x + tap_x, center_x, support_x, left, width)
+        total_x += _weight(first_x + tap_x, center_x, steepness_x, left, width)
     for tap_y in tl.range(TAPS_Y, loop_unroll_factor=2):
         source_y = first_y + tap_y
-        weight_y = _weight(source_y, center_y, support_y, top, height)
+        weight_y = _weight(source_y, center_y, steepness_y, top, height)
         total_y += weight_y
         for tap_x in tl.static_range(TAPS_X):
             source_x = first_x + tap_x
-            weight = _weight(source_x, center_x, support_x, left, width)[:, None] * weight_y[None, :]
+            weight = _weight(source_x, center_x, steepness_x, left, width)[:, None] * weight_y[None, :]
             if ROTATED:
                 pixels = _load_rotated(image, source_y[None, :], source_x[:, None], sine, cosine, H, W, C)
             else:
                 pixels = _load_pixels(image, source_y[None, :], source_x[:, None], H, W, C)
-            red += weight * pixels[0]
-            green += weight * pixels[1]
-            blue += weight * pixels[2]
-    total = tl.maximum(total_x[:, None] * total_y[None, :] * 255.0, TINY)
-    return red / total, green / total, blue / total
+            red = tl.fma(weight, pixels[0], red)
+            green = tl.fma(weight, pixels[1], green)
+            blue = tl.fma(weight, pixels[2], blue)
+    # No total of a pixel of the view is below ½.
+    scale_x, scale_y = 1.0 / tl.maximum(total_x, 0.25), (1.0 / 255.0) / tl.maximum(total_y, 0.25)
+    scale = scale_x[:, None] * scale_y[None, :]
+    return red * scale, green * scale, blue * scale
 
 
 @triton.jit
 def _filter(output, start, length, SIZE: tl.constexpr):
-    """Where in the source the filters of output pixels lie: center, half width and first source pixel, when SIZE
+    """Where in the source the filters of output pixels lie: center, 1 / half width and first source pixel, when SIZE
     pixels are made of those from `start` on."""
     scale = tl.div_rn(length, SIZE + 0.0)
     center = start + scale * (output + 0.5)
     support = tl.maximum(scale, 1.0)
-    return center, support, tl.floor(center - support + 0.5).to(tl.int32)
+    return center, 1.0 / support, tl.floor(center - support + 0.5).to(tl.int32)
 
 
 @triton.jit
-def _weight(source, center, support, start, length):
-    """w(source) = max(0, 1 − |source + ½ − center| / support), inside of the crop; see `resample_weights`."""
+def _weight(source, center, steepness, start, length):
+    """w(source) = max(0, 1 − |source + ½ − center|·steepness), inside of the crop; see `resample_weights`."""
     middle = source + 0.5
     inside = (middle > start) & (middle < start + length)
-    return tl.where(inside, tl.maximum(1.0 - tl.div_rn(tl.abs(middle - center), support), 0.0), 0.0)
+    return tl.where(inside, tl.maximum(1.0 - tl.abs(middle - center) * steepness, 0.0), 0.0)
 
 
 @triton.jit
 def _load_pixels(image, y, x, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Source pixels, 0 to 255, and 0 outside of the source."""
+    """Source pixels, 0 to 255; outside of the source, where nothing has a weight, those at its border."""
+    y, x = tl.minimum(tl.maximum(y, 0), H - 1), tl.minimum(tl.maximum(x, 0), W - 1)
     place = image + (y * W + x) * C
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    red = tl.load(place, mask=inside, other=0).to(tl.float32)
+    red = tl.load(place).to(tl.float32)
     green, blue = red, red
     if C == 3:
-        green = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
-        blue = tl.load(place + 2, mask=inside, other=0).to(tl.float32)
+        green = tl.load(place + 1).to(tl.float32)
+        blue = tl.load(place + 2).to(tl.float32)
     return red, green, blue
 
 
@@ -282,10 +289,11 @@ def _load_rotated(image, y, x, sine, cosine, H: tl.constexpr, W: tl.constexpr, C
     for neighbour in tl.static_range(4):
         weight = (along if neighbour // 2 else 1.0 - along) * (across if neighbour % 2 else 1.0 - across)
         y, x = top.to(tl.int32) + neighbour // 2, left.to(tl.int32) + neighbour % 2
+        weight = tl.where((y >= 0) & (y < H) & (x >= 0) & (x < W), weight, 0.0)
         pixels = _load_pixels(image, y, x, H, W, C)
-        red += weight * pixels[0]
-        green += weight * pixels[1]
-        blue += weight * pixels[2]
+        red = tl.fma(weight, pixels[0], red)
+        green = tl.fma(weight, pixels[1], green)
+        blue = tl.fma(weight, pixels[2], blue)
     return red, green, blue
 
 
@@ -304,16 +312,18 @@ def _jitter(pixels, colour, mean_gray, inside, stop, C: tl.constexpr, SIZE: tl.c
                 red, green, blue = _shift_hue(red, green, blue, colour[4])
         elif C == 3 or kind != SATURATION:
             factor = tl.where(kind == BRIGHTNESS, colour[1], tl.where(kind == CONTRAST, colour[2], colour[3]))
-            gray = _gray((red, green, blue), C)
-            other = tl.where(kind == BRIGHTNESS, 0.0, gray)
-            if kind == CONTRAST:
-                if WHOLE:
-                    mean_gray = tl.sum(tl.where(inside, gray, 0.0)) / (SIZE * SIZE)
-                other = tl.zeros_like(gray) + mean_gray
-            other *= 1.0 - factor
-            red = _clamp(factor * red + other)
-            green = _clamp(factor * green + other)
-            blue = _clamp(factor * blue + other)
+            if factor != 1.0:
+                other = tl.zeros_like(red)
+                if kind != BRIGHTNESS:
+                    other = _gray((red, green, blue), C)
+                    if kind == CONTRAST:
+                        if WHOLE:
+                            mean_gray = tl.sum(tl.where(inside, other, 0.0)) / (SIZE * SIZE)
+                        other = tl.zeros_like(red) + mean_gray
+                    other *= 1.0 - factor
+                red = _clamp(tl.fma(red, factor, other))
+                green = _clamp(tl.fma(green, factor, other))
+                blue = _clamp(tl.fma(blue, factor, other))
     return red, green, blue
 
 
@@ -359,12 +369,9 @@ def _shift_hue(red, green, blue, shift):
     value = tl.maximum(tl.maximum(red, green), blue)
     chroma = value - tl.minimum(tl.minimum(red, green), blue)
     safe = tl.where(chroma > 0, chroma, 1.0)
-    hue = tl.where(
-        value == red,
-        (green - blue) / safe,
-        tl.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
-    )
-    hue += 6.0 * shift
+    of_red, of_green = value == red, value == green
+    difference = tl.where(of_red, green - blue, tl.where(of_green, blue - red, red - green))
+    hue = difference / safe + tl.where(of_red, 0.0, tl.where(of_green, 2.0, 4.0)) + 6.0 * shift
     return (
         _hue_channel(value, chroma, hue + 5.0),
         _hue_channel(value, chroma, hue + 3.0),
@@ -374,7 +381,7 @@ def _shift_hue(red, green, blue, shift):
 
 @triton.jit
 def _hue_channel(value, chroma, place):
-    place -= 6.0 * tl.floor(place / 6.0)
+    place -= 6.0 * tl.floor(place * (1.0 / 6.0))
     return value - chroma * _clamp(tl.minimum(place, 4.0 - place))
 
 
@@ -479,6 +486,7 @@ def render_views(
             maxnreg=REGISTERS,
             # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
             enable_fp_fusion=False,
+            **CHECKED,
         )
     return views
 

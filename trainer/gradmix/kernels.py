@@ -6,7 +6,6 @@ that nothing but the result is written. The launchers allocate their results and
 Shapes: N images, C channels of H×W, P patches; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from data_pipeline.patch import largest_patch
-from data_pipeline.patch_kernels import corner, covered, patch_side
+from data_pipeline.patch_kernels import CHECKED, check_partner, corner, patch_side
 from trainer.gradmix import reference
 from trainer.gradmix.reference import finest_shape, memory_format, nearness
 
-# Values that a program copies, and those that a program painting the patch has in flight: with more, registers run out
-# and fewer programs share a multiprocessor.
-COPIED, PAINTED = 2048, 512
+# What a thread copies, bytes: enough to hide the time that loads take.
+COPIED_BYTES = 64
+# Items of a row that a program paints at once, and threads that do it.
+LARGEST_ITEMS, LARGEST_THREADS = 256, 128
+# So many pixels of a filter are unrolled, their weights kept in registers.
+LARGEST_TAPS = 24
 # Values of a feature map that a program has in flight, and cells of the largest whose map fits into its registers.
 MAP_BLOCK, LARGEST_MAP = 4096, 16384
 
@@ -33,143 +35,128 @@ def _gradmix_views_kernel(
     partner,
     centers,
     gamma,
+    N,
     P,
-    painters,
-    programs,
     PLANES: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     DEPTH: tl.constexpr,
     GAMMA_PER_IMAGE: tl.constexpr,
-    COPIED: tl.constexpr,
     LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
     ITEMS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """`trainer.gradmix.gradmix_views`: of the `programs` of an image, the first `painters` write its patch, the others
-    what lies outside. Every value has one writer, so that the order of the programs does not matter.
+    """`trainer.gradmix.gradmix_views`: a program copies LINES lines of an image and then paints what patches cover of
+    them. Copying needs no mask, so that every thread moves 16 bytes at once, and every value has one program.
 
-    In memory an image is (PLANES, H, W, DEPTH): (C, H, W, 1) where it is contiguous, (1, H, W, C) in channels_last.
+    In memory an image is PLANES × H lines of W·DEPTH items: PLANES is C where it is contiguous, DEPTH in channels_last.
     """
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    BANDS: tl.constexpr = (H + LINES - 1) // LINES
+    LINE: tl.constexpr = W * DEPTH
+    plane = (tl.program_id(0) // BANDS).to(tl.int64)
+    first_line = tl.program_id(0) % BANDS * LINES
+    mixed += plane * (H * LINE)
+    item = tl.arange(0, BLOCK)
+    place = first_line * LINE + item
+    inside = (item < LINES * LINE) & (place < H * LINE)
+    # Everything that is loaded is on its way before anything is stored: a program waits for memory once.
+    values = tl.load(images + plane * (H * LINE) + place, mask=inside)
+    n = plane // PLANES
+    centers += n * P * 2
     ratio = tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma
     height, width = patch_side(ratio, H), patch_side(ratio, W)
-    centers += n * P * 2
-    mixed += n * (PLANES * H * W * DEPTH)
-    if program >= painters:
-        image = images + n * (PLANES * H * W * DEPTH)
-        first = (program - painters) * COPIED
-        _copy(mixed, image, centers, P, height, width, first, PLANES, H, W, DEPTH, COPIED)
-    else:
-        view = images + tl.load(partner + n) * (PLANES * H * W * DEPTH)
-        segments = tl.cdiv(width * DEPTH, ITEMS)
-        line, item = program // segments * LINES, program % segments * ITEMS
-        # There are painters for the largest patch that the host could not exclude.
-        if line < PLANES * height:
-            _paint(mixed, view, centers, P, height, width, line, item, PLANES, H, W, DEPTH, LINES, ITEMS, TAPS)
-
-
-@triton.jit
-def _copy(
-    mixed,
-    image,
-    centers,
-    P,
-    height,
-    width,
-    first,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COPIED: tl.constexpr,
-):
-    """The values first, …, first + COPIED − 1 of the image, where no patch covers them."""
-    place = first + tl.arange(0, COPIED)
-    inside = place < PLANES * H * W * DEPTH
-    values = tl.load(image + place, mask=inside, other=0.0)
-    cell = place // DEPTH % (H * W)
-    hidden = covered(cell // W, cell % W, 0, P, centers, height, width, H, W)
-    tl.store(mixed + place, values, mask=inside & ~hidden)
+    chosen = tl.load(partner + n)
+    top, left = corner(centers, 0, height, width, H, W)
+    tl.store(mixed + place, values, mask=inside)
+    for p in range(P):
+        first_row, end_row = tl.maximum(first_line - top, 0), tl.minimum(first_line + LINES - top, height)
+        if first_row < end_row:
+            # Other threads wrote these places, of the image or of an earlier patch.
+            tl.debug_barrier()
+            check_partner(chosen, N)
+            view = images + (chosen * PLANES + plane % PLANES) * (H * LINE)
+            patch = mixed + (top * W + left) * DEPTH
+            for first_item in range(0, width * DEPTH, ITEMS):
+                painted = first_item + tl.arange(0, ITEMS)
+                _paint(patch, view, painted, first_row, end_row, height, width, H, W, DEPTH, TAPS)
+        top, left = corner(centers, tl.minimum(p + 1, P - 1), height, width, H, W)
 
 
 @triton.jit
 def _paint(
-    mixed,
+    patch,
     view,
-    centers,
-    P,
+    item,
+    first_row,
+    end_row,
     height,
     width,
-    first_line,
-    first_item,
-    PLANES: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
-    ITEMS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """LINES × ITEMS values of the patch, at each of its places; its rows are lines of width·DEPTH items.
+    """Some items of the rows first_row, …, end_row − 1 of a patch.
 
-    patch[r, c] = Σ w(y, r)·w(x, c)·view[y, x] / Σ w(y, r)·w(x, c), over TAPS columns x at a time and one row y after
-    the other; see `_first_tap` for w.
-    """
-    line, item = first_line + tl.arange(0, LINES), first_item + tl.arange(0, ITEMS)
-    inside = (line < PLANES * height)[:, None] & (item < width * DEPTH)[None, :]
-    plane, row = line // height * (H * W * DEPTH), line % height
-    column, depth = item // DEPTH, item % DEPTH
-    top, distance_y = _first_tap(row, height, H)
-    left, distance_x = _first_tap(column, width, W)
-    patch = tl.zeros((LINES, ITEMS), tl.float32)
-    total_x = tl.zeros((ITEMS,), tl.float32)
-    for first_tap in range(0, tl.cdiv(2 * W, width), TAPS):
-        tap = first_tap + tl.arange(0, TAPS)[None, :]
-        x = left[:, None] + tap
-        weight_x = _weight(distance_x[:, None] + (2 * width * tap).to(tl.float32), x, W)
-        source_x = x * DEPTH + depth[:, None]
-        inside_x = inside[:, :, None] & (x < W)[None, :, :]
-        strip = tl.zeros((LINES, ITEMS, TAPS), tl.float32)
-        total_y = tl.zeros((LINES,), tl.float32)
-        for tap_y in range(0, tl.cdiv(2 * H, height)):
-            y = top + tap_y
-            weight_y = _weight(distance_y + (2 * height * tap_y).to(tl.float32), y, H)
-            values = tl.load(
-                view + (plane + y * (W * DEPTH))[:, None, None] + source_x[None, :, :],
-                mask=inside_x & (y < H)[:, None, None],
-                other=0.0,
-            )
-            strip += weight_y[:, None, None] * values.to(tl.float32)
-            total_y += weight_y
-        patch += tl.sum(strip * weight_x[None, :, :], axis=2) / total_y[:, None]
-        total_x += tl.sum(weight_x, axis=1)
-    patch = (patch / total_x[None, :]).to(mixed.dtype.element_ty)
-    for p in range(P):
-        corner_y, corner_x = corner(centers, p, height, width, H, W)
-        y, x = (corner_y + row)[:, None], (corner_x + column)[None, :]
-        hidden = covered(y, x, p + 1, P, centers, height, width, H, W)
-        place = mixed + plane[:, None] + (y * W + x) * DEPTH + depth[None, :]
-        tl.store(place, patch, mask=inside & ~hidden)
-
-
-@triton.jit
-def _first_tap(output, side, SIZE: tl.constexpr):
-    """Of the pixels that have a weight w when SIZE of them become `side`, the first; and its distance.
-
+        patch[r, c] = Σ w(y, r)·w(x, c)·view[y, x] / Σ w(y, r)·w(x, c)
         w(source, output) = max(0, 1 − |(source + ½)·side/SIZE − (output + ½)|)
 
-    All is multiplied by 2·SIZE, so that distances and weights are whole numbers and exact. From one pixel to the next
-    the distance grows by 2·side.
+    All distances are multiplied by 2·SIZE, so that they and the weights are whole numbers and exact. Of the rows y, those
+    between the middles of patch rows r − 1 and r have a weight in these two only, and together the whole of 2·H: each is
+    read and resized along x once.
     """
-    source = tl.maximum((2 * output - 1) * SIZE + side, 0) // (2 * side)
-    return source, ((2 * source + 1) * side - (2 * output + 1) * SIZE).to(tl.float32)
+    column = item // DEPTH
+    # No more than this many pixels have a weight. In the last columns they begin earlier, where the weight is 0, so that
+    # all are inside of the view.
+    taps = TAPS if TAPS > 0 else tl.minimum(tl.cdiv(2 * W, width), W)
+    x = tl.minimum(tl.maximum((2 * column - 1) * W + width, 0) // (2 * width), W - taps)
+    distance = ((2 * x + 1) * width - (2 * column + 1) * W).to(tl.float32)
+    place = view + x * DEPTH + item % DEPTH
+    scale_x = 1.0 / _resized_along_x(place, distance, width, taps, W, DEPTH, TAPS, True)
+    upper, lower = tl.zeros(item.shape, tl.float32), tl.zeros(item.shape, tl.float32)
+    total_upper, total_lower = 0.0, 0.0
+    y = tl.maximum((2 * first_row - 1) * H + height, 0) // (2 * height)
+    for row in range(first_row, end_row + 1):
+        middle = (2 * row + 1) * H
+        last = tl.minimum(middle, (2 * H - 1) * height)
+        while (2 * y + 1) * height <= last:
+            values = _resized_along_x(place + y * (W * DEPTH), distance, width, taps, W, DEPTH, TAPS, False)
+            weight = (middle - (2 * y + 1) * height).to(tl.float32)
+            upper, lower = tl.fma(values, weight, upper), tl.fma(values, 2.0 * H - weight, lower)
+            total_upper += weight
+            total_lower += 2.0 * H - weight
+            y += 1
+        line = patch + (row - 1) * (W * DEPTH)
+        resized = upper * (scale_x * (1.0 / total_upper))
+        tl.store(line + item, resized.to(patch.dtype.element_ty), mask=(item < width * DEPTH) & (row > first_row))
+        upper, lower = lower, tl.zeros(item.shape, tl.float32)
+        total_upper, total_lower = total_lower, 0.0
 
 
 @triton.jit
-def _weight(distance, source, SIZE: tl.constexpr):
-    return tl.where(source < SIZE, tl.maximum(2.0 * SIZE - tl.abs(distance), 0.0), 0.0)
+def _resized_along_x(
+    place, distance, width, taps, W: tl.constexpr, DEPTH: tl.constexpr, TAPS: tl.constexpr, ONLY_WEIGHTS: tl.constexpr
+):
+    """Σ w(x, c)·view[y, x] over `taps` pixels from `place` on, TAPS where that is not 0; or of the weights alone."""
+    total = tl.zeros(distance.shape, tl.float32)
+    if TAPS > 0:
+        for tap in tl.static_range(TAPS):
+            total = _add_tap(total, tap, place, distance, width, W, DEPTH, ONLY_WEIGHTS)
+    else:
+        for tap in range(taps):
+            total = _add_tap(total, tap, place, distance, width, W, DEPTH, ONLY_WEIGHTS)
+    return total
+
+
+@triton.jit
+def _add_tap(total, tap, place, distance, width, W: tl.constexpr, DEPTH: tl.constexpr, ONLY_WEIGHTS: tl.constexpr):
+    # From one pixel to the next the distance grows by 2·width.
+    weight = tl.maximum(2.0 * W - tl.abs(distance + (2 * width * tap).to(tl.float32)), 0.0)
+    if ONLY_WEIGHTS:
+        return total + weight
+    else:
+        return tl.fma(tl.load(place + tap * DEPTH).to(tl.float32), weight, total)
 
 
 def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> Tensor:
@@ -179,36 +166,44 @@ def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float
     images = images.contiguous(memory_format=layout)
     mixed = torch.empty_like(images, memory_format=layout)
     planes, depth = (1, channels) if layout is torch.channels_last else (channels, 1)
-    largest_height, largest_width = largest_patch(gamma, height), largest_patch(gamma, width)
-    # A value of the patch has 2/γ taps along each axis.
-    taps = 8 if isinstance(gamma, Tensor) else min(triton.next_power_of_2(math.ceil(2 / gamma)), 32)
-    items = min(triton.next_power_of_2(largest_width * depth), 64, PAINTED // taps)
-    lines = PAINTED // (taps * items)
-    painters = triton.cdiv(planes * largest_height, lines) * triton.cdiv(largest_width * depth, items)
-    programs = painters + triton.cdiv(channels * height * width, COPIED)
+    line = width * depth
+    items = min(max(triton.next_power_of_2(largest_patch(gamma, width) * depth), 32), LARGEST_ITEMS)
+    threads = min(items, LARGEST_THREADS)
+    # A band is what the threads that paint a row copy with COPIED_BYTES each.
+    lines = max(threads * COPIED_BYTES // (line * images.element_size()), 1)
+    bands = triton.cdiv(height, lines)
+    lines = triton.cdiv(height, bands)
     with torch.cuda.device_of(images):
-        _gradmix_views_kernel[(n * programs,)](
+        _gradmix_views_kernel[(n * planes * bands,)](
             mixed,
             images,
             partner.contiguous(),
             centers.contiguous(),
             gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
+            n,
             centers.shape[1],
-            painters,
-            programs,
             PLANES=planes,
             H=height,
             W=width,
             DEPTH=depth,
             GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
-            COPIED=COPIED,
             LINES=lines,
+            BLOCK=triton.next_power_of_2(lines * line),
             ITEMS=items,
-            TAPS=taps,
+            TAPS=0 if isinstance(gamma, Tensor) else _most_taps(gamma, width),
+            num_warps=threads // 32,
             # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
             enable_fp_fusion=False,
+            **CHECKED,
         )
     return mixed
+
+
+def _most_taps(gamma: float, width: int) -> int:
+    """How many pixels along x have a weight in a value of the patch, at most; 0 where these are too many to unroll."""
+    # The smallest side that the kernel's γ, of 32 bits, may lead to.
+    taps = min(triton.cdiv(2 * width, max(int(gamma * width + 0.499), 1)), width)
+    return taps if taps <= LARGEST_TAPS else 0
 
 
 @triton.jit
