@@ -102,13 +102,13 @@ def _paint(
         patch[r, c] = Σ w(y, r)·w(x, c)·view[y, x] / Σ w(y, r)·w(x, c)
         w(source, output) = max(0, 1 − |(source + ½)·side/SIZE − (output + ½)|)
 
-    All distances are multiplied by 2·SIZE, so that they and the weights are whole numbers and exact. Of the rows y, those
-    between the middles of patch rows r − 1 and r have a weight in these two only, and together the whole of 2·H: each is
-    read and resized along x once.
+    All distances are multiplied by 2·SIZE, so that they and the weights are whole numbers and exact. A row y between
+    the middles of the patch's rows r − 1 and r has a weight in these two only, together 2·H: it is read and resized
+    along x once for both, and the next row of the patch goes on from there.
     """
     column = item // DEPTH
-    # No more than this many pixels have a weight. In the last columns they begin earlier, where the weight is 0, so that
-    # all are inside of the view.
+    # No more than this many pixels have a weight. In the last columns they begin earlier, where the weight is 0, so
+    # that all are inside of the view.
     taps = TAPS if TAPS > 0 else tl.minimum(tl.cdiv(2 * W, width), W)
     x = tl.minimum(tl.maximum((2 * column - 1) * W + width, 0) // (2 * width), W - taps)
     distance = ((2 * x + 1) * width - (2 * column + 1) * W).to(tl.float32)
