@@ -177,7 +177,8 @@ def render_views(
     centers: Tensor | None = None,
     gamma: float | Tensor | None = None,
 ) -> Tensor:
-    """Both views of each image, and with `partner`, `centers` and `gamma` the mixed view x̃ too: on CUDA in one launch.
+    """Both views of each image, on CUDA in one launch, and with `partner`, `centers` and `gamma` the mixed view x̃ too,
+    in a second one.
 
         rows i, N + i        x¹ᵢ and x²ᵢ, image i as `first` and `second` say (see `render_view`)
         row 2N + i           x̃ᵢ = x¹ᵢ with square patches that show the whole of x¹ₚ, p the partner of i, resized with

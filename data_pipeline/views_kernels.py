@@ -1,13 +1,13 @@
-"""`data_pipeline.views.render_views` as one Triton kernel: its pieces, from source pixel to patch, and its launcher.
+"""`data_pipeline.views.render_views` as Triton kernels: one for the views, its pieces and its launcher.
 
 A program renders one view of one image, tile by tile, from the uint8 source to finished values, and writes nothing
-else. What two programs need, both compute. What needs a whole view at once, the mean gray that contrast refers to,
-comes from the tile where a view is a single one, and otherwise from a pass of its own.
+else. What needs a whole view at once, the mean gray that contrast refers to, comes from the tile where a view is a
+single one, and otherwise from a pass of its own. The mixed views are a launch of their own, of the first views as they
+were written: rendered again for their patches, they would cost more than they take to read.
 
-Shapes: N images, C channels, source H×W, view SIZE×SIZE, P patches per image. Places are (y, x) in [0, 1]. `pixels` are
-three tensors, red, green and blue; where C is 1, all three are the one channel. Tiles are (columns, rows): of a layout
-that nothing else decides, the compiler puts neighbouring threads along the first axis, and pixels of a row are
-neighbours in memory.
+Shapes: N images, C channels, source H×W, view SIZE×SIZE. `pixels` are three tensors, red, green and blue; where C is 1,
+all three are the one channel. Tiles are (columns, rows): of a layout that nothing else decides, the compiler puts
+neighbouring threads along the first axis, and pixels of a row are neighbours in memory.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from data_pipeline import patch_kernels
 from data_pipeline import views as pytorch
-from data_pipeline.patch_kernels import CHECKED, check_partner, corner, covered, patch_side
 from data_pipeline.views import ViewParameters
 
 BRIGHTNESS = tl.constexpr(pytorch.BRIGHTNESS)
@@ -26,12 +26,11 @@ CONTRAST = tl.constexpr(pytorch.CONTRAST)
 SATURATION = tl.constexpr(pytorch.SATURATION)
 HUE = tl.constexpr(pytorch.HUE)
 LUMA = tl.constexpr(pytorch.LUMA)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Side of the largest view that is a single tile, and of the tiles of a larger one; further, registers run out.
 LARGEST_WHOLE, TILE = 64, 32
 # Pixels of a tile that a thread has, as far as 16 warps allow, and its registers: enough to hide the time that loads
-# take, few enough for two programs or more of up to 8 warps to share a multiprocessor.
-PIXELS_PER_THREAD, REGISTERS = 4, 128
+# take, few enough for four programs of 8 warps to share a multiprocessor.
+PIXELS_PER_THREAD, REGISTERS = 4, 64
 
 
 @triton.jit
@@ -40,40 +39,26 @@ def _render_views_kernel(
     images,
     first,
     second,
-    partner,
-    centers,
-    gamma,
     N,
-    P,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
     MEAN: tl.constexpr,
     STD: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ROTATED: tl.constexpr,
-    GAMMA_PER_IMAGE: tl.constexpr,
     TILE: tl.constexpr,
-    PATCH_TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """`data_pipeline.views.render_views`: program (n, block) renders image n as `first` or `second` says.
-
-    Block 0 writes x¹ into its own place and into x̃ where no patch covers it; block 2 renders x¹ of the partner and
-    writes the patches. Every value has one writer, so that the order of the programs does not matter.
-    """
-    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    block = tl.program_id(0) % BLOCKS
-    source = n
-    if BLOCKS == 3 and block == 2:
-        source = tl.load(partner + n)
-        check_partner(source, N)
+    """The first two blocks of `data_pipeline.views.render_views`: of image n, program 2n renders the view that `first`
+    says, program 2n + 1 that of `second`."""
+    n = (tl.program_id(0) // 2).to(tl.int64)
+    block = tl.program_id(0) % 2
     if block == 1:
-        crop, colour = _load_parameters(second, source, ROTATED)
+        crop, colour = _load_parameters(second, n, ROTATED)
     else:
-        crop, colour = _load_parameters(first, source, ROTATED)
-    image = images + source * (H * W * C)
+        crop, colour = _load_parameters(first, n, ROTATED)
+    image = images + n * (H * W * C)
+    view = views + (block * N + n) * (SIZE * SIZE * C)
     TILES: tl.constexpr = (SIZE + TILE - 1) // TILE
     mean_gray = 0.0
     if TILES > 1 and colour[2] != 1.0:
@@ -83,46 +68,10 @@ def _render_views_kernel(
             inside = (x < SIZE)[:, None] & (y < SIZE)[None, :]
             pixels = _jitter(pixels, colour, 0.0, inside, _place(colour, CONTRAST), C, SIZE, False)
             mean_gray += tl.sum(tl.where(inside, _gray(pixels, C), 0.0)) / (SIZE * SIZE)
-    view = views + (block * N + n) * (SIZE * SIZE * C)
-    mixed = views + (2 * N + n) * (SIZE * SIZE * C)
-    side = 1
-    if BLOCKS == 3:
-        centers += n * P * 2
-        side = patch_side(tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma, SIZE)
-    # A view is one part, of all its tiles; a patch has a part for each of its own tiles, of the view's tiles under it.
-    parts = tl.where(block == 2, tl.cdiv(side, PATCH_TILE), 1)
-    for part in range(parts * parts):
-        row, column = _tile(part // parts, part % parts, PATCH_TILE)
-        first_y, end_y = 0, TILES
-        first_x, end_x = 0, TILES
-        if BLOCKS == 3 and block == 2:
-            first_y, end_y = _tiles_under(part // parts, side, SIZE, TILE, PATCH_TILE)
-            first_x, end_x = _tiles_under(part % parts, side, SIZE, TILE, PATCH_TILE)
-        patch = (_zeros(PATCH_TILE), _zeros(PATCH_TILE), _zeros(PATCH_TILE))
-        for tile_y in range(first_y, end_y):
-            for tile_x in range(first_x, end_x):
-                y, x = _tile(tile_y, tile_x, TILE)
-                pixels = _render(image, crop, colour, mean_gray, y, x, H, W, C, SIZE, MEAN, STD, ROTATED, TILES == 1)
-                if block < 2:
-                    _store(view, pixels, y[None, :], x[:, None], True, SIZE, C)
-                if BLOCKS == 3:
-                    if block == 0:
-                        hidden = covered(y[None, :], x[:, None], 0, P, centers, side, side, SIZE, SIZE)
-                        _store(mixed, pixels, y[None, :], x[:, None], ~hidden, SIZE, C)
-                    elif block == 2:
-                        weight_x, weight_y = _patch_weights(column, x, side, SIZE), _patch_weights(row, y, side, SIZE)
-                        patch = _add_resized(patch, pixels, weight_x, weight_y, views.dtype.element_ty, C, PRECISION)
-        if BLOCKS == 3 and block == 2:
-            total_y = _total_patch_weight(row, side, SIZE, TILE)
-            total_x = _total_patch_weight(column, side, SIZE, TILE)
-            total = tl.maximum(total_x[:, None] * total_y[None, :], TINY)
-            patch = (patch[0] / total, patch[1] / total, patch[2] / total)
-            inside = (column < side)[:, None] & (row < side)[None, :]
-            for p in range(P):
-                top, left = corner(centers, p, side, side, SIZE, SIZE)
-                y, x = (top + row)[None, :], (left + column)[:, None]
-                hidden = covered(y, x, p + 1, P, centers, side, side, SIZE, SIZE)
-                _store(mixed, patch, y, x, inside & ~hidden, SIZE, C)
+    for tile in range(TILES * TILES):
+        y, x = _tile(tile // TILES, tile % TILES, TILE)
+        pixels = _render(image, crop, colour, mean_gray, y, x, H, W, C, SIZE, MEAN, STD, ROTATED, TILES == 1)
+        _store(view, pixels, y[None, :], x[:, None], SIZE, C)
 
 
 @triton.jit
@@ -386,57 +335,11 @@ def _hue_channel(value, chroma, place):
 
 
 @triton.jit
-def _store(view, pixels, y, x, mask, SIZE: tl.constexpr, C: tl.constexpr):
+def _store(view, pixels, y, x, SIZE: tl.constexpr, C: tl.constexpr):
     """Write pixels to (y, x) of a view in channels_last, cast to its dtype."""
-    mask &= (y < SIZE) & (x < SIZE)
+    mask = (y < SIZE) & (x < SIZE)
     for channel in tl.static_range(C):
         tl.store(view + (y * SIZE + x) * C + channel, pixels[channel].to(view.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _tiles_under(patch_tile, side, SIZE: tl.constexpr, TILE: tl.constexpr, PATCH_TILE: tl.constexpr):
-    """Along one axis, the first tile of the view that has a weight in a tile of the patch, and the end of them."""
-    first = patch_tile * PATCH_TILE
-    last = tl.minimum(first + PATCH_TILE, side) - 1
-    first_pixel = tl.maximum((2 * first - 1) * SIZE, 0) // (2 * side)
-    last_pixel = tl.minimum((2 * last + 3) * SIZE // (2 * side), SIZE - 1)
-    return first_pixel // TILE, last_pixel // TILE + 1
-
-
-@triton.jit
-def _patch_weights(pixel, source, side, SIZE: tl.constexpr):
-    """How source pixels weigh in patch pixels when SIZE pixels become `side`: max(0, 1 − |(source + ½)·side/SIZE −
-    (pixel + ½)|), times 2·SIZE, which makes it a whole number."""
-    distance = tl.abs((2 * source + 1)[None, :] * side - (2 * pixel + 1)[:, None] * SIZE)
-    return tl.where((source < SIZE)[None, :], tl.maximum(2 * SIZE - distance, 0), 0).to(tl.float32)
-
-
-@triton.jit
-def _total_patch_weight(pixel, side, SIZE: tl.constexpr, TILE: tl.constexpr):
-    total = tl.zeros(pixel.shape, tl.float32)
-    for first in range(0, SIZE, TILE):
-        total += tl.sum(_patch_weights(pixel, first + tl.arange(0, TILE), side, SIZE), axis=1)
-    return total
-
-
-@triton.jit
-def _add_resized(patch, pixels, weight_x, weight_y, dtype: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """patch + weight_x · pixels · weight_yᵀ, of pixels as they are stored."""
-    red, green, blue = patch
-    # A loop that is not unrolled, since the products of one channel fill the registers.
-    for channel in range(C):
-        values = tl.where(channel == 0, pixels[0], tl.where(channel == 1, pixels[1], pixels[2])).to(dtype)
-        strip = tl.dot(weight_x, values.to(tl.float32), input_precision=PRECISION)
-        resized = tl.dot(strip, tl.trans(weight_y), input_precision=PRECISION)
-        red += tl.where(channel == 0, resized, 0.0)
-        green += tl.where(channel == 1, resized, 0.0)
-        blue += tl.where(channel == 2, resized, 0.0)
-    return red, green, blue
-
-
-@triton.jit
-def _zeros(SIDE: tl.constexpr):
-    return tl.zeros((SIDE, SIDE), tl.float32)
 
 
 def render_views(
@@ -455,39 +358,29 @@ def render_views(
     n, height, width, channels = images.shape
     blocks = 2 if partner is None else 3
     views = pytorch.empty_views(images, blocks * n, size, dtype)
-    whole = size <= LARGEST_WHOLE
-    tile = max(triton.next_power_of_2(size), 16) if whole else TILE
+    tile = max(triton.next_power_of_2(size), 16) if size <= LARGEST_WHOLE else TILE
     with torch.cuda.device_of(images):
-        _render_views_kernel[(n * blocks,)](
+        _render_views_kernel[(2 * n,)](
             views,
             images.contiguous(),
             _tensors(first),
             _tensors(second),
-            partner if partner is None else partner.contiguous(),
-            centers if centers is None else centers.contiguous(),
-            gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
             n,
-            centers.shape[1] if centers is not None else 0,
             H=height,
             W=width,
             C=channels,
             SIZE=size,
             MEAN=tuple(mean),
             STD=tuple(std),
-            BLOCKS=blocks,
             ROTATED=first.geometry.angle is not None,
-            GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
             TILE=tile,
-            # Of a view of one tile, a patch of up to half its side is one as well, and no pixel is rendered twice.
-            PATCH_TILE=max(tile // 2, 16) if whole else TILE,
-            # Pixels of 16 bits and weights, whole numbers, are exact in TF32; of 32 bits, three products are.
-            PRECISION="tf32x3" if dtype is torch.float32 else "tf32",
             num_warps=min(tile * tile // (32 * PIXELS_PER_THREAD), 16),
             maxnreg=REGISTERS,
             # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
             enable_fp_fusion=False,
-            **CHECKED,
         )
+    if partner is not None:
+        patch_kernels.mix_views(views[2 * n :], views[:n], partner, centers, gamma)
     return views
 
 
