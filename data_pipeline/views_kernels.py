@@ -217,12 +217,17 @@ def _load_pixels(image, y, x, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr)
     """Source pixels, 0 to 255; outside of the source, where nothing has a weight, those at its border."""
     y, x = tl.minimum(tl.maximum(y, 0), H - 1), tl.minimum(tl.maximum(x, 0), W - 1)
     place = image + (y * W + x) * C
-    red = tl.load(place).to(tl.float32)
+    red = _load_byte(place)
     green, blue = red, red
     if C == 3:
-        green = tl.load(place + 1).to(tl.float32)
-        blue = tl.load(place + 2).to(tl.float32)
+        green, blue = _load_byte(place + 1), _load_byte(place + 2)
     return red, green, blue
+
+
+@triton.jit
+def _load_byte(place):
+    """As a float: put into the last bits of 2²³, since a GPU converts integers at a fraction of the rate it adds at."""
+    return (tl.load(place).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -304,7 +309,7 @@ def _gray(pixels, C: tl.constexpr):
     if C == 1:
         return pixels[0]
     else:
-        return LUMA[0] * pixels[0] + LUMA[1] * pixels[1] + LUMA[2] * pixels[2]
+        return tl.fma(pixels[2], LUMA[2], tl.fma(pixels[1], LUMA[1], pixels[0] * LUMA[0]))
 
 
 @triton.jit
@@ -321,6 +326,8 @@ def _shift_hue(red, green, blue, shift):
     of_red, of_green = value == red, value == green
     difference = tl.where(of_red, green - blue, tl.where(of_green, blue - red, red - green))
     hue = difference / safe + tl.where(of_red, 0.0, tl.where(of_green, 2.0, 4.0)) + 6.0 * shift
+    # Of six sectors, from the first on.
+    hue = tl.fma(tl.floor(hue * (1.0 / 6.0)), -6.0, hue)
     return (
         _hue_channel(value, chroma, hue + 5.0),
         _hue_channel(value, chroma, hue + 3.0),
@@ -330,8 +337,8 @@ def _shift_hue(red, green, blue, shift):
 
 @triton.jit
 def _hue_channel(value, chroma, place):
-    place -= 6.0 * tl.floor(place * (1.0 / 6.0))
-    return value - chroma * _clamp(tl.minimum(place, 4.0 - place))
+    place = tl.where(place >= 6.0, place - 6.0, place)
+    return tl.fma(-chroma, _clamp(2.0 - tl.abs(place - 2.0)), value)
 
 
 @triton.jit
