@@ -144,7 +144,8 @@ def _paint(
             total_lower += 2.0 * H - weight
             y += 1
         line = patch + (row - 1) * (W * DEPTH)
-        resized = upper * (scale_x * (1.0 / total_upper))
+        # Only the row before the first, which is not stored, may have a total below 1.
+        resized = upper * (scale_x * (1.0 / tl.maximum(total_upper, 1.0)))
         tl.store(line + item, resized.to(patch.dtype.element_ty), mask=(item < width * DEPTH) & (row > first_row))
         upper, lower = lower, tl.zeros(item.shape, tl.float32)
         total_upper, total_lower = total_lower, 0.0
