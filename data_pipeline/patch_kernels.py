@@ -41,8 +41,8 @@ def _gradmix_views_kernel(
     ITEMS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """`mix_views`: a program copies LINES lines of an image and then paints what patches cover of
-    them. Copying needs no mask, so that every thread moves 16 bytes at once, and every value has one program.
+    """`mix_views`: a program copies LINES lines of an image and then paints what patches cover of them. No mask of a
+    patch comes between, so that every thread copies 16 bytes at once, and every value has one program.
 
     In memory an image is PLANES × H lines of W·DEPTH items: PLANES is C where it is contiguous, DEPTH in channels_last.
     """
@@ -129,7 +129,9 @@ def _paint(
     x = tl.minimum(tl.maximum((2 * column - 1) * W + width, 0) // (2 * width), W - taps)
     distance = ((2 * x + 1) * width - (2 * column + 1) * W).to(tl.float32)
     place = view + x * DEPTH + item % DEPTH
-    scale_x = 1.0 / _resized_along_x(place, distance, width, taps, W, DEPTH, TAPS, True)
+    # A total is 1 or more but where nothing is stored: past the last column, and in the row before the first.
+    total_x = tl.maximum(_resized_along_x(place, distance, width, taps, W, DEPTH, TAPS, True), 1.0)
+    scale_x = 1.0 / total_x
     upper, lower = tl.zeros(item.shape, tl.float32), tl.zeros(item.shape, tl.float32)
     total_upper, total_lower = 0.0, 0.0
     y = tl.maximum((2 * first_row - 1) * H + height, 0) // (2 * height)
@@ -144,7 +146,6 @@ def _paint(
             total_lower += 2.0 * H - weight
             y += 1
         line = patch + (row - 1) * (W * DEPTH)
-        # Only the row before the first, which is not stored, may have a total below 1.
         resized = upper * (scale_x * (1.0 / tl.maximum(total_upper, 1.0)))
         tl.store(line + item, resized.to(patch.dtype.element_ty), mask=(item < width * DEPTH) & (row > first_row))
         upper, lower = lower, tl.zeros(item.shape, tl.float32)
