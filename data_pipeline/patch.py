@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data_pipeline.dispatch import use_triton
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,7 +40,8 @@ def paste_patches(mixed: Tensor, images: Tensor, partner: Tensor, centers: Tenso
 
 def largest_patch(gamma: float | Tensor, size: int) -> int:
     """A bound of the patch's side in pixels, for which nothing waits for the device."""
-    return size if isinstance(gamma, Tensor) else min(size, int(gamma * size + 1.5))
+    # The side is rounded in 32 bits, γ as the host has it in 64.
+    return size if isinstance(gamma, Tensor) else min(size, max(int(gamma * size + 0.501), 1))
 
 
 def check_patches(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> None:
@@ -60,16 +63,18 @@ def check_patches(images: Tensor, partner: Tensor, centers: Tensor, gamma: float
 
 def check_patch_values(partner: Tensor, centers: Tensor, gamma: float | Tensor) -> None:
     """Values of patches whose shapes are right; raises ValueError. On a GPU the host does not wait for them: what is
-    wrong with them stops the process at its next synchronisation."""
+    wrong with them stops the process at its next synchronisation. There the Triton kernels check what they read."""
     n = len(partner)
+    if not isinstance(gamma, Tensor) and not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; set it within (0, 1]")
+    if use_triton(partner):
+        return
     _require(
         (partner.clamp(0, n - 1) == partner).all(), f"partner has an index out of range; set it within 0 to {n - 1}"
     )
     _require(centers.isfinite().all(), "centers has a place that is not finite; give one within [0, 1] for each patch")
     if isinstance(gamma, Tensor):
         _require(((gamma > 0) & (gamma <= 1)).all(), "gamma has a value out of range; set it within (0, 1]")
-    elif not 0 < gamma <= 1:
-        raise ValueError(f"gamma is {gamma}; set it within (0, 1]")
 
 
 def require_floats(name: str, dtype: torch.dtype) -> None:

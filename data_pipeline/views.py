@@ -4,7 +4,7 @@ Every image has its own parameters, drawn by a counter-based generator from (see
 does not depend on the rank, the batch or the order in which images come. The geometry that made a view comes with the
 parameters, so that a place found in the view can be put on the source image and from there into the next epoch's view.
 
-`render_views` is one operation with two bodies of the same results, the Triton kernel of `views_kernels` and the plain
+`render_views` is one operation with two bodies of the same results, the Triton kernels of `views_kernels` and the plain
 PyTorch below; `data_pipeline.dispatch` says which runs. It is registered with torch.library, so that torch.compile
 takes it whole, and has no gradient.
 
@@ -177,7 +177,8 @@ def render_views(
     centers: Tensor | None = None,
     gamma: float | Tensor | None = None,
 ) -> Tensor:
-    """Both views of each image, and with `partner`, `centers` and `gamma` the mixed view x̃ too: on CUDA in one launch.
+    """Both views of each image, on CUDA in one launch, and with `partner`, `centers` and `gamma` the mixed view x̃ too,
+    in a second one.
 
         rows i, N + i        x¹ᵢ and x²ᵢ, image i as `first` and `second` say (see `render_view`)
         row 2N + i           x̃ᵢ = x¹ᵢ with square patches that show the whole of x¹ₚ, p the partner of i, resized with

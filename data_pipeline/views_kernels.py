@@ -1,13 +1,13 @@
-"""`data_pipeline.views.render_views` as one Triton kernel: its pieces, from source pixel to patch, and its launcher.
+"""`data_pipeline.views.render_views` as Triton kernels: one for the views, its pieces and its launcher.
 
 A program renders one view of one image, tile by tile, from the uint8 source to finished values, and writes nothing
-else. What two programs need, both compute. What needs a whole view at once, the mean gray that contrast refers to,
-comes from the tile where a view is a single one, and otherwise from a pass of its own.
+else. What needs a whole view at once, the mean gray that contrast refers to, comes from the tile where a view is a
+single one, and otherwise from a pass of its own. The mixed views are a launch of their own, of the first views as they
+were written: rendered again for their patches, they would cost more than they take to read.
 
-Shapes: N images, C channels, source H×W, view SIZE×SIZE, P patches per image. Places are (y, x) in [0, 1]. `pixels` are
-three tensors, red, green and blue; where C is 1, all three are the one channel. Tiles are (columns, rows): of a layout
-that nothing else decides, the compiler puts neighbouring threads along the first axis, and pixels of a row are
-neighbours in memory.
+Shapes: N images, C channels, source H×W, view SIZE×SIZE. `pixels` are three tensors, red, green and blue; where C is 1,
+all three are the one channel. Tiles are (columns, rows): of a layout that nothing else decides, the compiler puts
+neighbouring threads along the first axis, and pixels of a row are neighbours in memory.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from data_pipeline import patch_kernels
 from data_pipeline import views as pytorch
-from data_pipeline.patch_kernels import corner, covered, patch_side
 from data_pipeline.views import ViewParameters
 
 BRIGHTNESS = tl.constexpr(pytorch.BRIGHTNESS)
@@ -26,12 +26,11 @@ CONTRAST = tl.constexpr(pytorch.CONTRAST)
 SATURATION = tl.constexpr(pytorch.SATURATION)
 HUE = tl.constexpr(pytorch.HUE)
 LUMA = tl.constexpr(pytorch.LUMA)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Side of the largest view that is a single tile, and of the tiles of a larger one; further, registers run out.
 LARGEST_WHOLE, TILE = 64, 32
 # Pixels of a tile that a thread has, as far as 16 warps allow, and its registers: enough to hide the time that loads
-# take, few enough for two programs or more of up to 8 warps to share a multiprocessor.
-PIXELS_PER_THREAD, REGISTERS = 4, 128
+# take, few enough for four programs of 8 warps to share a multiprocessor.
+PIXELS_PER_THREAD, REGISTERS = 4, 64
 
 
 @triton.jit
@@ -40,39 +39,26 @@ def _render_views_kernel(
     images,
     first,
     second,
-    partner,
-    centers,
-    gamma,
     N,
-    P,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
     MEAN: tl.constexpr,
     STD: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ROTATED: tl.constexpr,
-    GAMMA_PER_IMAGE: tl.constexpr,
     TILE: tl.constexpr,
-    PATCH_TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """`data_pipeline.views.render_views`: program (n, block) renders image n as `first` or `second` says.
-
-    Block 0 writes x¹ into its own place and into x̃ where no patch covers it; block 2 renders x¹ of the partner and
-    writes the patches. Every value has one writer, so that the order of the programs does not matter.
-    """
-    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    block = tl.program_id(0) % BLOCKS
-    source = n
-    if BLOCKS == 3 and block == 2:
-        source = tl.load(partner + n)
+    """The first two blocks of `data_pipeline.views.render_views`: of image n, program 2n renders the view that `first`
+    says, program 2n + 1 that of `second`."""
+    n = (tl.program_id(0) // 2).to(tl.int64)
+    block = tl.program_id(0) % 2
     if block == 1:
-        crop, colour = _load_parameters(second, source, ROTATED)
+        crop, colour = _load_parameters(second, n, ROTATED)
     else:
-        crop, colour = _load_parameters(first, source, ROTATED)
-    image = images + source * (H * W * C)
+        crop, colour = _load_parameters(first, n, ROTATED)
+    image = images + n * (H * W * C)
+    view = views + (block * N + n) * (SIZE * SIZE * C)
     TILES: tl.constexpr = (SIZE + TILE - 1) // TILE
     mean_gray = 0.0
     if TILES > 1 and colour[2] != 1.0:
@@ -82,46 +68,10 @@ def _render_views_kernel(
             inside = (x < SIZE)[:, None] & (y < SIZE)[None, :]
             pixels = _jitter(pixels, colour, 0.0, inside, _place(colour, CONTRAST), C, SIZE, False)
             mean_gray += tl.sum(tl.where(inside, _gray(pixels, C), 0.0)) / (SIZE * SIZE)
-    view = views + (block * N + n) * (SIZE * SIZE * C)
-    mixed = views + (2 * N + n) * (SIZE * SIZE * C)
-    side = 1
-    if BLOCKS == 3:
-        centers += n * P * 2
-        side = patch_side(tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma, SIZE)
-    # A view is one part, of all its tiles; a patch has a part for each of its own tiles, of the view's tiles under it.
-    parts = tl.where(block == 2, tl.cdiv(side, PATCH_TILE), 1)
-    for part in range(parts * parts):
-        row, column = _tile(part // parts, part % parts, PATCH_TILE)
-        first_y, end_y = 0, TILES
-        first_x, end_x = 0, TILES
-        if BLOCKS == 3 and block == 2:
-            first_y, end_y = _tiles_under(part // parts, side, SIZE, TILE, PATCH_TILE)
-            first_x, end_x = _tiles_under(part % parts, side, SIZE, TILE, PATCH_TILE)
-        patch = (_zeros(PATCH_TILE), _zeros(PATCH_TILE), _zeros(PATCH_TILE))
-        for tile_y in range(first_y, end_y):
-            for tile_x in range(first_x, end_x):
-                y, x = _tile(tile_y, tile_x, TILE)
-                pixels = _render(image, crop, colour, mean_gray, y, x, H, W, C, SIZE, MEAN, STD, ROTATED, TILES == 1)
-                if block < 2:
-                    _store(view, pixels, y[None, :], x[:, None], True, SIZE, C)
-                if BLOCKS == 3:
-                    if block == 0:
-                        hidden = covered(y[None, :], x[:, None], 0, P, centers, side, side, SIZE, SIZE)
-                        _store(mixed, pixels, y[None, :], x[:, None], ~hidden, SIZE, C)
-                    elif block == 2:
-                        weight_x, weight_y = _patch_weights(column, x, side, SIZE), _patch_weights(row, y, side, SIZE)
-                        patch = _add_resized(patch, pixels, weight_x, weight_y, views.dtype.element_ty, C, PRECISION)
-        if BLOCKS == 3 and block == 2:
-            total_y = _total_patch_weight(row, side, SIZE, TILE)
-            total_x = _total_patch_weight(column, side, SIZE, TILE)
-            total = tl.maximum(total_x[:, None] * total_y[None, :], TINY)
-            patch = (patch[0] / total, patch[1] / total, patch[2] / total)
-            inside = (column < side)[:, None] & (row < side)[None, :]
-            for p in range(P):
-                top, left = corner(centers, p, side, side, SIZE, SIZE)
-                y, x = (top + row)[None, :], (left + column)[:, None]
-                hidden = covered(y, x, p + 1, P, centers, side, side, SIZE, SIZE)
-                _store(mixed, patch, y, x, inside & ~hidden, SIZE, C)
+    for tile in range(TILES * TILES):
+        y, x = _tile(tile // TILES, tile % TILES, TILE)
+        pixels = _render(image, crop, colour, mean_gray, y, x, H, W, C, SIZE, MEAN, STD, ROTATED, TILES == 1)
+        _store(view, pixels, y[None, :], x[:, None], SIZE, C)
 
 
 @triton.jit
@@ -186,7 +136,11 @@ def _render(
             tl.where(colour[5], gray, green),
             tl.where(colour[5], gray, blue),
         )
-    return (red - MEAN[0]) / STD[0], (green - MEAN[C // 2]) / STD[C // 2], (blue - MEAN[C - 1]) / STD[C - 1]
+    return (
+        (red - MEAN[0]) * (1.0 / STD[0]),
+        (green - MEAN[C // 2]) * (1.0 / STD[C // 2]),
+        (blue - MEAN[C - 1]) * (1.0 / STD[C - 1]),
+    )
 
 
 @triton.jit
@@ -209,9 +163,9 @@ def _crop(
     """
     top, left, height, width, flip, sine, cosine = crop
     x = tl.where(flip, SIZE - 1 - x, x)
-    center_y, support_y, first_y = _filter(y, top, height, SIZE)
-    center_x, support_x, first_x = _filter(x, left, width, SIZE)
-    # A filter is open at both ends and at most twice as wide as `support`: so many source pixels have a weight.
+    center_y, steepness_y, first_y = _filter(y, top, height, SIZE)
+    center_x, steepness_x, first_x = _filter(x, left, width, SIZE)
+    # A filter is open at both ends and at most as wide as two pixels of the view: so many source pixels have a weight.
     TAPS_Y: tl.constexpr = (2 * H + SIZE - 1) // SIZE if H > SIZE else 2
     TAPS_X: tl.constexpr = (2 * W + SIZE - 1) // SIZE if W > SIZE else 2
     red = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
@@ -219,54 +173,61 @@ def _crop(
     total_y = tl.zeros((y.shape[0],), tl.float32)
     total_x = tl.zeros((x.shape[0],), tl.float32)
     for tap_x in tl.static_range(TAPS_X):
-        total_x += _weight(first_x + tap_x, center_x, support_x, left, width)
+        total_x += _weight(first_x + tap_x, center_x, steepness_x, left, width)
     for tap_y in tl.range(TAPS_Y, loop_unroll_factor=2):
         source_y = first_y + tap_y
-        weight_y = _weight(source_y, center_y, support_y, top, height)
+        weight_y = _weight(source_y, center_y, steepness_y, top, height)
         total_y += weight_y
         for tap_x in tl.static_range(TAPS_X):
             source_x = first_x + tap_x
-            weight = _weight(source_x, center_x, support_x, left, width)[:, None] * weight_y[None, :]
+            weight = _weight(source_x, center_x, steepness_x, left, width)[:, None] * weight_y[None, :]
             if ROTATED:
                 pixels = _load_rotated(image, source_y[None, :], source_x[:, None], sine, cosine, H, W, C)
             else:
                 pixels = _load_pixels(image, source_y[None, :], source_x[:, None], H, W, C)
-            red += weight * pixels[0]
-            green += weight * pixels[1]
-            blue += weight * pixels[2]
-    total = tl.maximum(total_x[:, None] * total_y[None, :] * 255.0, TINY)
-    return red / total, green / total, blue / total
+            red = tl.fma(weight, pixels[0], red)
+            green = tl.fma(weight, pixels[1], green)
+            blue = tl.fma(weight, pixels[2], blue)
+    # No total of a pixel of the view is below ½.
+    scale_x, scale_y = 1.0 / tl.maximum(total_x, 0.25), (1.0 / 255.0) / tl.maximum(total_y, 0.25)
+    scale = scale_x[:, None] * scale_y[None, :]
+    return red * scale, green * scale, blue * scale
 
 
 @triton.jit
 def _filter(output, start, length, SIZE: tl.constexpr):
-    """Where in the source the filters of output pixels lie: center, half width and first source pixel, when SIZE
+    """Where in the source the filters of output pixels lie: center, 1 / half width and first source pixel, when SIZE
     pixels are made of those from `start` on."""
     scale = tl.div_rn(length, SIZE + 0.0)
     center = start + scale * (output + 0.5)
     support = tl.maximum(scale, 1.0)
-    return center, support, tl.floor(center - support + 0.5).to(tl.int32)
+    return center, 1.0 / support, tl.floor(center - support + 0.5).to(tl.int32)
 
 
 @triton.jit
-def _weight(source, center, support, start, length):
-    """w(source) = max(0, 1 − |source + ½ − center| / support), inside of the crop; see `resample_weights`."""
+def _weight(source, center, steepness, start, length):
+    """w(source) = max(0, 1 − |source + ½ − center|·steepness), inside of the crop; see `resample_weights`."""
     middle = source + 0.5
     inside = (middle > start) & (middle < start + length)
-    return tl.where(inside, tl.maximum(1.0 - tl.div_rn(tl.abs(middle - center), support), 0.0), 0.0)
+    return tl.where(inside, tl.maximum(1.0 - tl.abs(middle - center) * steepness, 0.0), 0.0)
 
 
 @triton.jit
 def _load_pixels(image, y, x, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Source pixels, 0 to 255, and 0 outside of the source."""
+    """Source pixels, 0 to 255; outside of the source, where nothing has a weight, those at its border."""
+    y, x = tl.minimum(tl.maximum(y, 0), H - 1), tl.minimum(tl.maximum(x, 0), W - 1)
     place = image + (y * W + x) * C
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    red = tl.load(place, mask=inside, other=0).to(tl.float32)
+    red = _load_byte(place)
     green, blue = red, red
     if C == 3:
-        green = tl.load(place + 1, mask=inside, other=0).to(tl.float32)
-        blue = tl.load(place + 2, mask=inside, other=0).to(tl.float32)
+        green, blue = _load_byte(place + 1), _load_byte(place + 2)
     return red, green, blue
+
+
+@triton.jit
+def _load_byte(place):
+    """As a float: put into the last bits of 2²³, since a GPU converts integers at a fraction of the rate it adds at."""
+    return (tl.load(place).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -282,10 +243,11 @@ def _load_rotated(image, y, x, sine, cosine, H: tl.constexpr, W: tl.constexpr, C
     for neighbour in tl.static_range(4):
         weight = (along if neighbour // 2 else 1.0 - along) * (across if neighbour % 2 else 1.0 - across)
         y, x = top.to(tl.int32) + neighbour // 2, left.to(tl.int32) + neighbour % 2
+        weight = tl.where((y >= 0) & (y < H) & (x >= 0) & (x < W), weight, 0.0)
         pixels = _load_pixels(image, y, x, H, W, C)
-        red += weight * pixels[0]
-        green += weight * pixels[1]
-        blue += weight * pixels[2]
+        red = tl.fma(weight, pixels[0], red)
+        green = tl.fma(weight, pixels[1], green)
+        blue = tl.fma(weight, pixels[2], blue)
     return red, green, blue
 
 
@@ -304,16 +266,18 @@ def _jitter(pixels, colour, mean_gray, inside, stop, C: tl.constexpr, SIZE: tl.c
                 red, green, blue = _shift_hue(red, green, blue, colour[4])
         elif C == 3 or kind != SATURATION:
             factor = tl.where(kind == BRIGHTNESS, colour[1], tl.where(kind == CONTRAST, colour[2], colour[3]))
-            gray = _gray((red, green, blue), C)
-            other = tl.where(kind == BRIGHTNESS, 0.0, gray)
-            if kind == CONTRAST:
-                if WHOLE:
-                    mean_gray = tl.sum(tl.where(inside, gray, 0.0)) / (SIZE * SIZE)
-                other = tl.zeros_like(gray) + mean_gray
-            other *= 1.0 - factor
-            red = _clamp(factor * red + other)
-            green = _clamp(factor * green + other)
-            blue = _clamp(factor * blue + other)
+            if factor != 1.0:
+                other = tl.zeros_like(red)
+                if kind != BRIGHTNESS:
+                    other = _gray((red, green, blue), C)
+                    if kind == CONTRAST:
+                        if WHOLE:
+                            mean_gray = tl.sum(tl.where(inside, other, 0.0)) / (SIZE * SIZE)
+                        other = tl.zeros_like(red) + mean_gray
+                    other *= 1.0 - factor
+                red = _clamp(tl.fma(red, factor, other))
+                green = _clamp(tl.fma(green, factor, other))
+                blue = _clamp(tl.fma(blue, factor, other))
     return red, green, blue
 
 
@@ -345,7 +309,7 @@ def _gray(pixels, C: tl.constexpr):
     if C == 1:
         return pixels[0]
     else:
-        return LUMA[0] * pixels[0] + LUMA[1] * pixels[1] + LUMA[2] * pixels[2]
+        return tl.fma(pixels[2], LUMA[2], tl.fma(pixels[1], LUMA[1], pixels[0] * LUMA[0]))
 
 
 @triton.jit
@@ -359,12 +323,11 @@ def _shift_hue(red, green, blue, shift):
     value = tl.maximum(tl.maximum(red, green), blue)
     chroma = value - tl.minimum(tl.minimum(red, green), blue)
     safe = tl.where(chroma > 0, chroma, 1.0)
-    hue = tl.where(
-        value == red,
-        (green - blue) / safe,
-        tl.where(value == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
-    )
-    hue += 6.0 * shift
+    of_red, of_green = value == red, value == green
+    difference = tl.where(of_red, green - blue, tl.where(of_green, blue - red, red - green))
+    hue = difference / safe + tl.where(of_red, 0.0, tl.where(of_green, 2.0, 4.0)) + 6.0 * shift
+    # Of six sectors, from the first on.
+    hue = tl.fma(tl.floor(hue * (1.0 / 6.0)), -6.0, hue)
     return (
         _hue_channel(value, chroma, hue + 5.0),
         _hue_channel(value, chroma, hue + 3.0),
@@ -374,62 +337,16 @@ def _shift_hue(red, green, blue, shift):
 
 @triton.jit
 def _hue_channel(value, chroma, place):
-    place -= 6.0 * tl.floor(place / 6.0)
-    return value - chroma * _clamp(tl.minimum(place, 4.0 - place))
+    place = tl.where(place >= 6.0, place - 6.0, place)
+    return tl.fma(-chroma, _clamp(2.0 - tl.abs(place - 2.0)), value)
 
 
 @triton.jit
-def _store(view, pixels, y, x, mask, SIZE: tl.constexpr, C: tl.constexpr):
+def _store(view, pixels, y, x, SIZE: tl.constexpr, C: tl.constexpr):
     """Write pixels to (y, x) of a view in channels_last, cast to its dtype."""
-    mask &= (y < SIZE) & (x < SIZE)
+    mask = (y < SIZE) & (x < SIZE)
     for channel in tl.static_range(C):
         tl.store(view + (y * SIZE + x) * C + channel, pixels[channel].to(view.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _tiles_under(patch_tile, side, SIZE: tl.constexpr, TILE: tl.constexpr, PATCH_TILE: tl.constexpr):
-    """Along one axis, the first tile of the view that has a weight in a tile of the patch, and the end of them."""
-    first = patch_tile * PATCH_TILE
-    last = tl.minimum(first + PATCH_TILE, side) - 1
-    first_pixel = tl.maximum((2 * first - 1) * SIZE, 0) // (2 * side)
-    last_pixel = tl.minimum((2 * last + 3) * SIZE // (2 * side), SIZE - 1)
-    return first_pixel // TILE, last_pixel // TILE + 1
-
-
-@triton.jit
-def _patch_weights(pixel, source, side, SIZE: tl.constexpr):
-    """How source pixels weigh in patch pixels when SIZE pixels become `side`: max(0, 1 − |(source + ½)·side/SIZE −
-    (pixel + ½)|), times 2·SIZE, which makes it a whole number."""
-    distance = tl.abs((2 * source + 1)[None, :] * side - (2 * pixel + 1)[:, None] * SIZE)
-    return tl.where((source < SIZE)[None, :], tl.maximum(2 * SIZE - distance, 0), 0).to(tl.float32)
-
-
-@triton.jit
-def _total_patch_weight(pixel, side, SIZE: tl.constexpr, TILE: tl.constexpr):
-    total = tl.zeros(pixel.shape, tl.float32)
-    for first in range(0, SIZE, TILE):
-        total += tl.sum(_patch_weights(pixel, first + tl.arange(0, TILE), side, SIZE), axis=1)
-    return total
-
-
-@triton.jit
-def _add_resized(patch, pixels, weight_x, weight_y, dtype: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """patch + weight_x · pixels · weight_yᵀ, of pixels as they are stored."""
-    red, green, blue = patch
-    # A loop that is not unrolled, since the products of one channel fill the registers.
-    for channel in range(C):
-        values = tl.where(channel == 0, pixels[0], tl.where(channel == 1, pixels[1], pixels[2])).to(dtype)
-        strip = tl.dot(weight_x, values.to(tl.float32), input_precision=PRECISION)
-        resized = tl.dot(strip, tl.trans(weight_y), input_precision=PRECISION)
-        red += tl.where(channel == 0, resized, 0.0)
-        green += tl.where(channel == 1, resized, 0.0)
-        blue += tl.where(channel == 2, resized, 0.0)
-    return red, green, blue
-
-
-@triton.jit
-def _zeros(SIDE: tl.constexpr):
-    return tl.zeros((SIDE, SIDE), tl.float32)
 
 
 def render_views(
@@ -448,38 +365,29 @@ def render_views(
     n, height, width, channels = images.shape
     blocks = 2 if partner is None else 3
     views = pytorch.empty_views(images, blocks * n, size, dtype)
-    whole = size <= LARGEST_WHOLE
-    tile = max(triton.next_power_of_2(size), 16) if whole else TILE
+    tile = max(triton.next_power_of_2(size), 16) if size <= LARGEST_WHOLE else TILE
     with torch.cuda.device_of(images):
-        _render_views_kernel[(n * blocks,)](
+        _render_views_kernel[(2 * n,)](
             views,
             images.contiguous(),
             _tensors(first),
             _tensors(second),
-            partner if partner is None else partner.contiguous(),
-            centers if centers is None else centers.contiguous(),
-            gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
             n,
-            centers.shape[1] if centers is not None else 0,
             H=height,
             W=width,
             C=channels,
             SIZE=size,
             MEAN=tuple(mean),
             STD=tuple(std),
-            BLOCKS=blocks,
             ROTATED=first.geometry.angle is not None,
-            GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
             TILE=tile,
-            # Of a view of one tile, a patch of up to half its side is one as well, and no pixel is rendered twice.
-            PATCH_TILE=max(tile // 2, 16) if whole else TILE,
-            # Pixels of 16 bits and weights, whole numbers, are exact in TF32; of 32 bits, three products are.
-            PRECISION="tf32x3" if dtype is torch.float32 else "tf32",
             num_warps=min(tile * tile // (32 * PIXELS_PER_THREAD), 16),
             maxnreg=REGISTERS,
             # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
             enable_fp_fusion=False,
         )
+    if partner is not None:
+        patch_kernels.mix_views(views[2 * n :], views[:n], partner, centers, gamma)
     return views
 
 

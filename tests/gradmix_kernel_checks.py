@@ -6,6 +6,8 @@ Run by tests/test_gradmix_kernels.py, in Triton's interpreter or on a GPU: see t
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,6 +106,38 @@ def test_patches_are_where_the_pytorch_body_puts_them(gamma, y, x):
     partner, centers = torch.tensor([1, 0]), torch.tensor([[[y, x]], [[y, x]]])
     expected = reference.gradmix_views(images, partner, centers, gamma)
     assert torch.equal(mixed(images, partner, centers, gamma) > 0.5, expected > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"partner": torch.tensor([1, 2])}, "partner has an index out of range"),
+        ({"partner": torch.tensor([-1, 0])}, "partner has an index out of range"),
+        ({"centers": torch.tensor([[[0.5, 0.5]], [[0.5, torch.nan]]])}, "centers has a place that is not finite"),
+        ({"centers": torch.tensor([[[torch.inf, 0.5]], [[0.5, 0.5]]])}, "centers has a place that is not finite"),
+        ({"gamma": torch.tensor([0.5, 1.1])}, "gamma has a value out of range"),
+        ({"gamma": torch.tensor([0.0, 0.5])}, "gamma has a value out of range"),
+        ({"gamma": torch.tensor([0.5, torch.nan])}, "gamma has a value out of range"),
+    ],
+)
+@pytest.mark.skipif(not INTERPRETED, reason="a failed assertion on a GPU ends the process")
+def test_the_kernel_checks_the_values_it_reads(change, message):
+    images, partner, centers = batch(2, 1, 6, 5, 1)
+    arguments = {"images": images, "partner": partner, "centers": centers, "gamma": torch.full((2,), 0.5)}
+    assert mixed(**arguments).isfinite().all()
+    with pytest.raises(Exception, match=message):
+        mixed(**(arguments | change))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of a GPU only")
+def test_a_wrong_value_stops_the_process_at_its_next_synchronisation():
+    program = "import torch; from trainer.gradmix import gradmix_views\n"
+    program += "images, centers = torch.rand(2, 1, 8, 8, device='cuda'), torch.rand(2, 1, 2, device='cuda')\n"
+    program += "gradmix_views(images, torch.tensor([1, 2], device='cuda'), centers, 0.5)\n"
+    program += "print('went on')\ntorch.cuda.synchronize()\nprint('and on')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode and "partner has an index out of range" in done.stdout + done.stderr
+    assert "went on" in done.stdout and "and on" not in done.stdout
 
 
 def naive_peaks(activation, num_peaks, suppress):

@@ -44,40 +44,36 @@ def test_the_kernel_on_the_gpu():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The module of the kernel, launching nothing."""
+    """The module of the kernels, launching nothing."""
     kernels = pytest.importorskip("data_pipeline.views_kernels")
-    monkeypatch.setattr(kernels, "_render_views_kernel", RecordingKernel(kernels._render_views_kernel))
+    for module, name in ((kernels, "_render_views_kernel"), (kernels.patch_kernels, "_gradmix_views_kernel")):
+        monkeypatch.setattr(module, name, RecordingKernel(getattr(module, name)))
     return kernels
 
 
-def launch(recorded, size, channels, dtype, rotation, patches):
+def launch(recorded, size, channels, dtype, rotation):
     """The launch for images of twice the views' size."""
     images = torch.zeros(N, 2 * size, 2 * size, channels, dtype=torch.uint8)
     config = ViewConfig(rotation=rotation)
     first, second = parameters(source_size=(2 * size, 2 * size), config=config)
     mean, std = STATISTICS["mean"][:channels], STATISTICS["std"][:channels]
-    recorded.render_views(images, first, second, size, mean, std, dtype, *patches)
+    recorded.render_views(images, first, second, size, mean, std, dtype, None, None, None)
     return recorded._render_views_kernel.launches[-1]
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "dtype", "rotation", "patches"),
+    ("size", "channels", "dtype", "rotation"),
     [
-        (32, 3, torch.bfloat16, 0.0, (None, None, None)),
-        (32, 3, torch.bfloat16, 0.0, (PARTNER, CENTERS, 0.3)),
-        (32, 3, torch.float32, 0.0, (PARTNER, CENTERS, GAMMAS)),
-        (28, 1, torch.float16, 5.0, (PARTNER, CENTERS, 0.3)),
-        (64, 3, torch.bfloat16, 0.0, (PARTNER, CENTERS, 0.3)),
-        (96, 3, torch.bfloat16, 0.0, (PARTNER, CENTERS, GAMMAS)),
+        (32, 3, torch.bfloat16, 0.0),
+        (32, 3, torch.float32, 5.0),
+        (28, 1, torch.float16, 5.0),
+        (64, 3, torch.bfloat16, 0.0),
+        (96, 3, torch.bfloat16, 0.0),
     ],
 )
-def test_the_kernel_compiles_for_a_gpu_and_reads_and_writes_along_rows(
-    recorded, size, channels, dtype, rotation, patches
-):
-    compiled = compile_for_hopper(
-        recorded._render_views_kernel, launch(recorded, size, channels, dtype, rotation, patches)
-    )
-    assert compiled.asm["cubin"] and compiled.metadata.shared <= 49152
+def test_the_kernel_compiles_for_a_gpu_and_reads_and_writes_along_rows(recorded, size, channels, dtype, rotation):
+    compiled = compile_for_hopper(recorded._render_views_kernel, launch(recorded, size, channels, dtype, rotation))
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= 8192
     # The first axis of a tile is that of its columns, and neighbouring threads have to be along it.
     code = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#blocked\d*) = #ttg.blocked<{.*order = \[(.*?)\]", code, re.MULTILINE))
@@ -85,14 +81,20 @@ def test_the_kernel_compiles_for_a_gpu_and_reads_and_writes_along_rows(
     assert used and {layouts[name] for name in used} == {"0, 1"}
 
 
-def test_there_is_one_launch_which_allocates_its_result_only(recorded):
+def test_there_is_a_launch_for_views_and_one_for_patches_which_allocate_the_result_only(recorded):
     first, second = parameters()
     for patches, blocks in (((None, None, None), 2), ((PARTNER, CENTERS, 0.3), 3), ((PARTNER, CENTERS, GAMMAS), 3)):
         with Allocations() as memory:
             result = recorded.render_views(IMAGES, first, second, 11, *STATISTICS.values(), torch.bfloat16, *patches)
         assert result.shape == (blocks * N, 3, 11, 11) and list(memory.made.values()) == [result.numel() * 2]
-        assert recorded._render_views_kernel.launches.pop().grid == (blocks * N,)
+        assert recorded._render_views_kernel.launches.pop().grid == (2 * N,)
         assert not recorded._render_views_kernel.launches
+        launches = recorded.patch_kernels._gradmix_views_kernel.launches
+        assert len(launches) == blocks - 2
+        if launches:
+            mixed, views, *_ = launches.pop().args
+            assert len(mixed) == len(views) == N
+            assert mixed.data_ptr() == result[2 * N :].data_ptr() and views.data_ptr() == result.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ the same file runs compiled on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def _signature(value):
 
 if INTERPRETED:
     from triton.runtime import interpreter
+
+    # Of a launch's options the interpreter takes none: assertions are checked as if all kernels asked for it.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
 
     patch_tensor = interpreter._patch_lang_tensor
 

@@ -1,17 +1,18 @@
-"""How fast the fused operations are, one table: `python -m tests.bench.gradmix`.
+"""How fast the fused operations are, one table: `python -m tests.bench.gradmix --out gradmix.json`.
 
-On a GPU, in bfloat16 and channels_last as in training: the bytes an operation has to move over its time, as a share of
-the bandwidth of a copy on the device; the time of a launch; the ratios to PyTorch's body and to a loop over images. On
-the CPU, in float32: the ratio of PyTorch's body to the loop. Everything compared is measured in turns, medians count.
+On a GPU, in bfloat16 and channels_last as in training: the time of a launch without the host, the bytes that it has to
+move over this time, and that as a share of the bandwidth of a copy on the device; the time of a call on the host; the
+ratios to PyTorch's body and to a loop over images. On the CPU, in float32 and one thread: PyTorch's bodies against a
+loop over images and against the augmentations of others. What is compared is measured in turns, medians count.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,41 +21,50 @@ from torch import Tensor
 
 from data_pipeline import cli
 from data_pipeline.dispatch import pytorch_body
+from tests.bench.timing import (
+    REPEATS,
+    Figures,
+    Row,
+    copy_bandwidth,
+    device_seconds,
+    host_seconds,
+    launch_seconds,
+    spread,
+)
+from tests.bench.views import view_rows
 from tests.test_gradmix import naive_gradmix
 from trainer.gradmix import gradmix_views, layercam_peaks
 
 GAMMA = 0.3
-REPEATS = 20
-# Inputs taken in turns, so that none is still in the cache of the GPU when it is read again.
-SPREAD_BYTES = 256 * 2**20
+SHAPES = (1024, 3, 32, 32), (1024, 3, 64, 64), (256, 3, 224, 224)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `measure` returns ours, what it is compared with, and the ratio."""
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Where to."""
 
-    name: str
-    measure: Callable[[], tuple[str, str, str]]
-    needs_gpu: bool
+    out: Path | None = None
+    """JSON file that the figures are written to."""
 
 
 def gradmix_rows() -> list[Row]:
-    small, *_ = shapes = [(1024, 3, 32, 32), (1024, 3, 64, 64), (256, 3, 224, 224)]
-    rows = [Row(f"gradmix_views {shape}, GB/s (copy)", partial(views_and_copy, shape), True) for shape in shapes]
+    small = SHAPES[0]
+    rows = [Row(f"gradmix_views {shape}", partial(views_kernel, shape, False)) for shape in SHAPES]
+    rows += [Row(f"gradmix_views {shape}, γ per image", partial(views_kernel, shape, True)) for shape in SHAPES]
     rows += [
-        Row("layercam_peaks (1024, 512, 4, 4), GB/s (copy)", partial(peaks_and_copy, (1024, 512, 4, 4)), True),
-        Row(f"gradmix_views {small}, µs of the host for a call (of an empty kernel)", partial(launch, small), True),
-        Row(f"gradmix_views {small}, µs (PyTorch's body)", partial(views_and_pytorch, small), True),
-        Row(f"gradmix_views {small}, µs (loop over images)", partial(views_and_loop, small, GAMMA, "cuda"), True),
+        Row("layercam_peaks (1024, 512, 4, 4)", partial(peaks, (1024, 512, 4, 4))),
+        Row(f"gradmix_views {small}, the host's call (an empty kernel)", partial(views_call, small)),
+        Row(f"gradmix_views {small} (PyTorch's body)", partial(views_and_pytorch, small)),
+        Row(f"gradmix_views {small} with its call (loop over images)", partial(views_and_loop, small, GAMMA, "cuda")),
     ]
     for gamma in (0.1, 0.3, 0.5):
         measure = partial(views_and_loop, (256, 3, 32, 32), gamma, "cpu")
-        rows.append(Row(f"CPU: gradmix_views (256, 3, 32, 32), γ = {gamma}, µs (loop over images)", measure, False))
+        rows.append(Row(f"CPU: gradmix_views (256, 3, 32, 32), γ = {gamma} (loop over images)", measure, False))
     return rows
 
 
 # Each entry gives the rows of one operation or group of them.
-GROUPS: tuple[Callable[[], list[Row]], ...] = (gradmix_rows,)
+GROUPS: tuple[Callable[[], list[Row]], ...] = (gradmix_rows, view_rows)
 
 
 def batches(shape: tuple[int, ...], device: str, count: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -71,116 +81,87 @@ def batches(shape: tuple[int, ...], device: str, count: int = 1) -> list[tuple[T
     ]
 
 
-def host_seconds(*actions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Median time of each action, in turns; on a GPU until it has finished."""
-    times: list[list[float]] = [[] for _ in actions]
-    for _ in range(repeats + 1):
-        for action, record in zip(actions, times):
-            started = time.perf_counter()
-            action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            record.append(time.perf_counter() - started)
-    return [statistics.median(record[1:]) for record in times]
+def views_kernel(shape: tuple[int, ...], gamma_per_image: bool) -> Figures:
+    moved = 2 * 2 * torch.Size(shape).numel()
+    gamma = torch.full(shape[:1], GAMMA, device="cuda") if gamma_per_image else GAMMA
+    return Figures(device_seconds(partial(gradmix_views, gamma=gamma), batches(shape, "cuda", spread(moved))), moved)
 
 
-def device_seconds(action: Callable[..., object], inputs: list[tuple]) -> float:
-    """Median time on the GPU of an action on one of `inputs`, without the host: a graph runs it on each in turn."""
-    for arguments in inputs[:2]:
-        action(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in inputs:
-            action(*arguments)
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(inputs))
-    return statistics.median(times)
+def peaks(shape: tuple[int, ...]) -> Figures:
+    moved = 2 * 2 * torch.Size(shape).numel()
+    inputs = [(maps.relu(), maps) for maps, *_ in batches(shape, "cuda", spread(moved))]
+    return Figures(device_seconds(layercam_peaks, inputs), moved)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy of 1 GiB on the device."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * 2**30 / device_seconds(target.copy_, [(source,)])
-
-
-def against_copy(moved: float, seconds: float) -> tuple[str, str, str]:
-    bandwidth = copy_bandwidth()
-    return f"{moved / seconds / 1e9:,.0f}", f"{bandwidth / 1e9:,.0f}", f"{moved / seconds / bandwidth:.0%}"
-
-
-def views_and_copy(shape: tuple[int, ...]) -> tuple[str, str, str]:
-    from trainer.gradmix import kernels
-
-    size = 2 * torch.Size(shape).numel()
-    inputs = batches(shape, "cuda", max(SPREAD_BYTES // size, 2))
-    seconds = device_seconds(partial(kernels.gradmix_views, gamma=GAMMA), inputs)
-    return against_copy(2 * size, seconds)
-
-
-def peaks_and_copy(shape: tuple[int, ...]) -> tuple[str, str, str]:
-    inputs = [
-        (maps.relu(), maps) for maps, *_ in batches(shape, "cuda", SPREAD_BYTES // torch.Size(shape).numel() // 4)
-    ]
-    return against_copy(4 * torch.Size(shape).numel(), device_seconds(layercam_peaks, inputs))
-
-
-def launch(shape: tuple[int, ...]) -> tuple[str, str, str]:
-    """The time until a call returns, the GPU being idle; the checks of values on the device are part of it."""
+def views_call(shape: tuple[int, ...]) -> Figures:
     (arguments,) = batches(shape, "cuda")
     empty = torch.empty(0, device="cuda")
-    times: list[list[float]] = [[], []]
-    for _ in range(100):
-        for action, record in zip((lambda: gradmix_views(*arguments, GAMMA), lambda: empty.new_zeros(1)), times):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            action()
-            record.append(time.perf_counter() - started)
-    return compared(*(statistics.median(record[10:]) for record in times))
+    ours, reference = launch_seconds(lambda: gradmix_views(*arguments, GAMMA), lambda: empty.new_zeros(1))
+    return Figures(ours, reference=reference)
 
 
-def views_and_pytorch(shape: tuple[int, ...]) -> tuple[str, str, str]:
+def views_and_pytorch(shape: tuple[int, ...]) -> Figures:
     inputs = batches(shape, "cuda", 8)
     fused = device_seconds(partial(gradmix_views, gamma=GAMMA), inputs)
     with pytorch_body():
-        return compared(fused, device_seconds(partial(gradmix_views, gamma=GAMMA), inputs))
+        return Figures(fused, reference=device_seconds(partial(gradmix_views, gamma=GAMMA), inputs))
 
 
-def views_and_loop(shape: tuple[int, ...], gamma: float, device: str) -> tuple[str, str, str]:
+def views_and_loop(shape: tuple[int, ...], gamma: float, device: str) -> Figures:
     (arguments,) = batches(shape, device)
-    return compared(
-        *host_seconds(
-            lambda: gradmix_views(*arguments, gamma),
-            lambda: naive_gradmix(*arguments, [gamma] * shape[0]),
-            repeats=REPEATS if device == "cpu" else 3,
-        )
+    ours, reference = host_seconds(
+        lambda: gradmix_views(*arguments, gamma),
+        lambda: naive_gradmix(*arguments, [gamma] * shape[0]),
+        repeats=REPEATS if device == "cpu" else 3,
     )
+    return Figures(ours, reference=reference)
 
 
-def compared(ours: float, reference: float) -> tuple[str, str, str]:
-    return f"{ours * 1e6:,.0f}", f"{reference * 1e6:,.0f}", f"{reference / ours:.1f}"
+def record(figures: Figures) -> dict[str, float]:
+    """What the table shows of a row."""
+    made = {"microseconds": figures.seconds * 1e6}
+    if figures.moved is not None:
+        rate = figures.moved / figures.seconds
+        made |= {"gb_per_s": rate / 1e9, "share_of_copy": rate / copy_bandwidth()}
+    if figures.reference is not None:
+        made |= {"reference_microseconds": figures.reference * 1e6, "ratio": figures.reference / figures.seconds}
+    return made
+
+
+_COLUMNS = {
+    "microseconds": "{:,.1f}",
+    "gb_per_s": "{:,.0f}",
+    "share_of_copy": "{:.0%}",
+    "reference_microseconds": "{:,.1f}",
+    "ratio": "{:,.1f}",
+}
 
 
 def main() -> None:
+    config = cli.parse(BenchConfig, prog="python -m tests.bench.gradmix", description=__doc__.split("\n")[0])
     # The C library gives memory back to the system after every use until it has seen a large piece come and go. A
     # process that has run for a while has; the page faults of one that has not are not what is compared.
     torch.empty(28 * 2**20, dtype=torch.uint8)
+    torch.set_num_threads(1)
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else "no GPU"
-    threads = torch.get_num_threads()
-    title = f"{device}, {threads} CPU thread{'s' if threads > 1 else ''}, torch {torch.__version__}, γ = {GAMMA}"
-    table = Table("", "ours", "reference", "ratio", title=title)
+    copy = f", a copy moves {copy_bandwidth() / 1e9:,.0f} GB/s" if gpu else ""
+    table = Table("(compared with)", "µs", "GB/s", "of a copy", "compared, µs", "ratio")
+    table.title = f"{device}{copy}, one CPU thread, torch {torch.__version__}, γ = {GAMMA}"
+    results: dict[str, dict[str, float]] = {}
     for rows in GROUPS:
         for row in rows():
-            table.add_row(row.name, *(row.measure() if gpu or not row.needs_gpu else ("not measured (no GPU)", "", "")))
-    Console().print(table)
+            if row.needs_gpu and not gpu:
+                table.add_row(row.name, "not measured (no GPU)")
+                continue
+            results[row.name] = made = record(row.measure())
+            table.add_row(row.name, *(form.format(made[key]) if key in made else "" for key, form in _COLUMNS.items()))
+    Console(width=None if Console().is_terminal else 150).print(table)
+    if config.out is not None:
+        header = {"device": device, "torch": torch.__version__, "gamma": GAMMA}
+        if gpu:
+            header["copy_gb_per_s"] = copy_bandwidth() / 1e9
+        config.out.write_text(json.dumps({**header, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

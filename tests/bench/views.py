@@ -1,28 +1,44 @@
-"""How fast views are rendered: `python -m tests.bench.views`.
+"""The rows of `tests.bench.gradmix` about `render_views`.
 
-1. Two views of 256 images of 32 pixels by the PyTorch body on one CPU thread, against torchvision's transforms of one
-   image after the other and, where kornia is installed, its augmentation of the batch.
-2. On a GPU, all three views by the kernel, as a share of the time that a copy of as many bytes takes, and the memory
-   that it needs besides its result.
+On a GPU the kernel alone, of parameters that are drawn, for two views and for all three; on the CPU two views with the
+drawing of their parameters, against torchvision's transforms of one image after the other and, where kornia is
+installed, its augmentation of the batch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import v2
 
-from data_pipeline.views import ViewConfig, draw_parameters, render_views
+from data_pipeline.dispatch import pytorch_body
+from data_pipeline.views import ViewConfig, ViewParameters, draw_parameters, render_views
+from tests.bench.timing import Figures, Row, device_seconds, host_seconds, launch_seconds, spread
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
-REPEATS = 9
+GAMMA = 0.3
+
+
+def view_rows() -> list[Row]:
+    shapes = (1024, 32), (1024, 64), (256, 224)
+    rows = [
+        Row(f"render_views ({n}, {size}, {size}, 3), {views} views", partial(kernel, n, size, views))
+        for views in (3, 2)
+        for n, size in shapes
+    ]
+    rows += [
+        Row("render_views (1024, 32, 32, 3), the host's call (an empty kernel)", partial(call, 1024, 32)),
+        Row("render_views (1024, 32, 32, 3) with its call (PyTorch's body)", partial(kernel_and_pytorch, 1024, 32)),
+        Row("CPU: two views of (256, 32, 32, 3) (torchvision, image by image)", partial(cpu, torchvision_views), False),
+    ]
+    if importlib.util.find_spec("kornia"):
+        measure = partial(cpu, kornia_augmentation(32))
+        rows.append(Row("CPU: two views of (256, 32, 32, 3) (kornia, batched)", measure, False))
+    return rows
 
 
 def batch(n: int, size: int, device: str) -> tuple[Tensor, Tensor]:
@@ -31,22 +47,56 @@ def batch(n: int, size: int, device: str) -> tuple[Tensor, Tensor]:
     return images.to(device), torch.arange(n, device=device)
 
 
-def median_milliseconds(action: Callable[[], object]) -> float:
-    action()  # caches and first allocations are not what is compared
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times)
-
-
-def two_views(images: Tensor, indices: Tensor) -> Tensor:
-    size = images.shape[1]
+def parameters(size: int, indices: Tensor) -> tuple[ViewParameters, ViewParameters]:
     first, second = (
         draw_parameters(ViewConfig(), (size, size), indices, seed=0, epoch=0, view=view) for view in (0, 1)
     )
-    return render_views(images, first, second, size=size, mean=MEAN, std=STD)
+    return first, second
+
+
+def renderer(n: int, size: int, views: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What renders so many views of images in bfloat16, and the images."""
+    images, indices = batch(n, size, "cuda")
+    options = {"size": size, "mean": MEAN, "std": STD, "dtype": torch.bfloat16}
+    if views == 3:
+        options |= {"partner": indices.roll(1), "centers": torch.rand(n, 1, 2, device="cuda"), "gamma": GAMMA}
+    first, second = parameters(size, indices)
+    return lambda source: render_views(source, first, second, **options), images
+
+
+def kernel(n: int, size: int, views: int) -> Figures:
+    render, images = renderer(n, size, views)
+    moved = images.numel() * (1 + 2 * views)
+    return Figures(device_seconds(render, [(images.clone(),) for _ in range(spread(moved))]), moved)
+
+
+def call(n: int, size: int) -> Figures:
+    render, images = renderer(n, size, 3)
+    empty = torch.empty(0, device="cuda")
+    ours, reference = launch_seconds(lambda: render(images), lambda: empty.new_zeros(1))
+    return Figures(ours, reference=reference)
+
+
+def kernel_and_pytorch(n: int, size: int) -> Figures:
+    """Not in a graph, since PyTorch's body waits for the device."""
+    render, images = renderer(n, size, 3)
+
+    def in_pytorch() -> None:
+        with pytorch_body():
+            render(images)
+
+    ours, reference = host_seconds(lambda: render(images), in_pytorch)
+    return Figures(ours, reference=reference)
+
+
+def cpu(reference_views: Callable[[Tensor], Tensor]) -> Figures:
+    images, indices = batch(256, 32, "cpu")
+
+    def two_views() -> Tensor:
+        return render_views(images, *parameters(32, indices), size=32, mean=MEAN, std=STD)
+
+    ours, reference = host_seconds(two_views, lambda: reference_views(images), repeats=9)
+    return Figures(ours, reference=reference)
 
 
 def torchvision_views(images: Tensor) -> Tensor:
@@ -79,80 +129,3 @@ def kornia_augmentation(size: int) -> Callable[[Tensor], Tensor]:
         return torch.cat([augment(pixels), augment(pixels)])
 
     return views
-
-
-def on_the_cpu() -> Table:
-    torch.set_num_threads(1)
-    images, indices = batch(256, 32, "cpu")
-    ours = median_milliseconds(lambda: two_views(images, indices))
-    table = Table("", "ms", "ratio", title=f"two views of (256, 3, 32, 32), 1 CPU thread, median of {REPEATS}")
-    table.add_row("render_views with its parameters", f"{ours:.0f}", "1.0")
-    theirs = median_milliseconds(lambda: torchvision_views(images))
-    table.add_row("torchvision, image by image", f"{theirs:.0f}", f"{theirs / ours:.1f}")
-    if importlib.util.find_spec("kornia"):
-        augment = kornia_augmentation(images.shape[1])
-        theirs = median_milliseconds(lambda: augment(images))
-        table.add_row("kornia, batched", f"{theirs:.0f}", f"{theirs / ours:.1f}")
-    else:
-        table.add_row("kornia, batched", "not installed", "")
-    return table
-
-
-def median_gpu_milliseconds(action: Callable[[], object]) -> float:
-    for _ in range(3):
-        action()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        action()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def on_the_gpu() -> Table:
-    from data_pipeline.views_kernels import render_views as kernel
-
-    title = f"three views in bfloat16, {torch.cuda.get_device_name()}, median of {REPEATS}"
-    table = Table("", "ms", "share of a copy's bandwidth", "extra memory, MiB", title=title)
-    for n, size in ((1024, 32), (1024, 64), (256, 224)):
-        images, indices = batch(n, size, "cuda")
-        first, second = (
-            draw_parameters(ViewConfig(), (size, size), indices, seed=0, epoch=0, view=view) for view in (0, 1)
-        )
-        partner, centers = indices.roll(1), torch.rand(n, 1, 2, device="cuda")
-
-        def render(
-            arguments=(images, first, second, size, MEAN, STD, torch.bfloat16, partner, centers, 0.3),
-        ) -> Tensor:
-            return kernel(*arguments)
-
-        milliseconds = median_gpu_milliseconds(render)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        views = render()
-        bytes_written = views.numel() * views.element_size()
-        extra = torch.cuda.max_memory_allocated() - before - bytes_written
-        # A copy reads and writes: half of the bytes that rendering moves, its images and its views, are copied.
-        half = torch.empty((images.numel() + bytes_written) // 2, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(half)
-        copy = median_gpu_milliseconds(lambda source=half, target=target: target.copy_(source))
-        table.add_row(
-            f"({n}, 3, {size}, {size})", f"{milliseconds:.3f}", f"{copy / milliseconds:.0%}", f"{extra / 2**20:.1f}"
-        )
-    return table
-
-
-def main() -> None:
-    console = Console()
-    console.print(on_the_cpu())
-    if torch.cuda.is_available():
-        console.print(on_the_gpu())
-    else:
-        console.print("three views on a GPU: not measured (no GPU)")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
-"""The GradMix operations as Triton kernels, one launch each: a kernel, the pieces it is made of, and its launcher.
+"""The GradMix operations as Triton kernels, one launch each, that of the patches from `data_pipeline.patch_kernels`.
 
 Both are bound by memory: what counts is that every value is read once, in the order in which it lies in memory, and
 that nothing but the result is written. The launchers allocate their results and nothing else.
 
-Shapes: N images, C channels of H×W, P patches; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
+Shapes: N images, P peaks; a feature map has K channels of h×w. Places are (y, x) in [0, 1].
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,200 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from data_pipeline.patch import largest_patch
-from data_pipeline.patch_kernels import corner, covered, patch_side
+from data_pipeline import patch_kernels
 from trainer.gradmix import reference
 from trainer.gradmix.reference import finest_shape, memory_format, nearness
 
-# Values that a program copies, and those that a program painting the patch has in flight: with more, registers run out
-# and fewer programs share a multiprocessor.
-COPIED, PAINTED = 2048, 512
 # Values of a feature map that a program has in flight, and cells of the largest whose map fits into its registers.
 MAP_BLOCK, LARGEST_MAP = 4096, 16384
 
 
-@triton.jit
-def _gradmix_views_kernel(
-    mixed,
-    images,
-    partner,
-    centers,
-    gamma,
-    P,
-    painters,
-    programs,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GAMMA_PER_IMAGE: tl.constexpr,
-    COPIED: tl.constexpr,
-    LINES: tl.constexpr,
-    ITEMS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """`trainer.gradmix.gradmix_views`: of the `programs` of an image, the first `painters` write its patch, the others
-    what lies outside. Every value has one writer, so that the order of the programs does not matter.
-
-    In memory an image is (PLANES, H, W, DEPTH): (C, H, W, 1) where it is contiguous, (1, H, W, C) in channels_last.
-    """
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
-    ratio = tl.load(gamma + n).to(tl.float32) if GAMMA_PER_IMAGE else gamma
-    height, width = patch_side(ratio, H), patch_side(ratio, W)
-    centers += n * P * 2
-    mixed += n * (PLANES * H * W * DEPTH)
-    if program >= painters:
-        image = images + n * (PLANES * H * W * DEPTH)
-        first = (program - painters) * COPIED
-        _copy(mixed, image, centers, P, height, width, first, PLANES, H, W, DEPTH, COPIED)
-    else:
-        view = images + tl.load(partner + n) * (PLANES * H * W * DEPTH)
-        segments = tl.cdiv(width * DEPTH, ITEMS)
-        line, item = program // segments * LINES, program % segments * ITEMS
-        # There are painters for the largest patch that the host could not exclude.
-        if line < PLANES * height:
-            _paint(mixed, view, centers, P, height, width, line, item, PLANES, H, W, DEPTH, LINES, ITEMS, TAPS)
-
-
-@triton.jit
-def _copy(
-    mixed,
-    image,
-    centers,
-    P,
-    height,
-    width,
-    first,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COPIED: tl.constexpr,
-):
-    """The values first, …, first + COPIED − 1 of the image, where no patch covers them."""
-    place = first + tl.arange(0, COPIED)
-    inside = place < PLANES * H * W * DEPTH
-    values = tl.load(image + place, mask=inside, other=0.0)
-    cell = place // DEPTH % (H * W)
-    hidden = covered(cell // W, cell % W, 0, P, centers, height, width, H, W)
-    tl.store(mixed + place, values, mask=inside & ~hidden)
-
-
-@triton.jit
-def _paint(
-    mixed,
-    view,
-    centers,
-    P,
-    height,
-    width,
-    first_line,
-    first_item,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
-    ITEMS: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """LINES × ITEMS values of the patch, at each of its places; its rows are lines of width·DEPTH items.
-
-    patch[r, c] = Σ w(y, r)·w(x, c)·view[y, x] / Σ w(y, r)·w(x, c), over TAPS columns x at a time and one row y after
-    the other; see `_first_tap` for w.
-    """
-    line, item = first_line + tl.arange(0, LINES), first_item + tl.arange(0, ITEMS)
-    inside = (line < PLANES * height)[:, None] & (item < width * DEPTH)[None, :]
-    plane, row = line // height * (H * W * DEPTH), line % height
-    column, depth = item // DEPTH, item % DEPTH
-    top, distance_y = _first_tap(row, height, H)
-    left, distance_x = _first_tap(column, width, W)
-    patch = tl.zeros((LINES, ITEMS), tl.float32)
-    total_x = tl.zeros((ITEMS,), tl.float32)
-    for first_tap in range(0, tl.cdiv(2 * W, width), TAPS):
-        tap = first_tap + tl.arange(0, TAPS)[None, :]
-        x = left[:, None] + tap
-        weight_x = _weight(distance_x[:, None] + (2 * width * tap).to(tl.float32), x, W)
-        source_x = x * DEPTH + depth[:, None]
-        inside_x = inside[:, :, None] & (x < W)[None, :, :]
-        strip = tl.zeros((LINES, ITEMS, TAPS), tl.float32)
-        total_y = tl.zeros((LINES,), tl.float32)
-        for tap_y in range(0, tl.cdiv(2 * H, height)):
-            y = top + tap_y
-            weight_y = _weight(distance_y + (2 * height * tap_y).to(tl.float32), y, H)
-            values = tl.load(
-                view + (plane + y * (W * DEPTH))[:, None, None] + source_x[None, :, :],
-                mask=inside_x & (y < H)[:, None, None],
-                other=0.0,
-            )
-            strip += weight_y[:, None, None] * values.to(tl.float32)
-            total_y += weight_y
-        patch += tl.sum(strip * weight_x[None, :, :], axis=2) / total_y[:, None]
-        total_x += tl.sum(weight_x, axis=1)
-    patch = (patch / total_x[None, :]).to(mixed.dtype.element_ty)
-    for p in range(P):
-        corner_y, corner_x = corner(centers, p, height, width, H, W)
-        y, x = (corner_y + row)[:, None], (corner_x + column)[None, :]
-        hidden = covered(y, x, p + 1, P, centers, height, width, H, W)
-        place = mixed + plane[:, None] + (y * W + x) * DEPTH + depth[None, :]
-        tl.store(place, patch, mask=inside & ~hidden)
-
-
-@triton.jit
-def _first_tap(output, side, SIZE: tl.constexpr):
-    """Of the pixels that have a weight w when SIZE of them become `side`, the first; and its distance.
-
-        w(source, output) = max(0, 1 − |(source + ½)·side/SIZE − (output + ½)|)
-
-    All is multiplied by 2·SIZE, so that distances and weights are whole numbers and exact. From one pixel to the next
-    the distance grows by 2·side.
-    """
-    source = tl.maximum((2 * output - 1) * SIZE + side, 0) // (2 * side)
-    return source, ((2 * source + 1) * side - (2 * output + 1) * SIZE).to(tl.float32)
-
-
-@triton.jit
-def _weight(distance, source, SIZE: tl.constexpr):
-    return tl.where(source < SIZE, tl.maximum(2.0 * SIZE - tl.abs(distance), 0.0), 0.0)
-
-
 def gradmix_views(images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> Tensor:
     """See `trainer.gradmix.gradmix_views`; images that are neither contiguous nor channels_last are copied first."""
-    n, channels, height, width = images.shape
-    layout = memory_format(images)
-    images = images.contiguous(memory_format=layout)
-    mixed = torch.empty_like(images, memory_format=layout)
-    planes, depth = (1, channels) if layout is torch.channels_last else (channels, 1)
-    largest_height, largest_width = largest_patch(gamma, height), largest_patch(gamma, width)
-    # A value of the patch has 2/γ taps along each axis.
-    taps = 8 if isinstance(gamma, Tensor) else min(triton.next_power_of_2(math.ceil(2 / gamma)), 32)
-    items = min(triton.next_power_of_2(largest_width * depth), 64, PAINTED // taps)
-    lines = PAINTED // (taps * items)
-    painters = triton.cdiv(planes * largest_height, lines) * triton.cdiv(largest_width * depth, items)
-    programs = painters + triton.cdiv(channels * height * width, COPIED)
-    with torch.cuda.device_of(images):
-        _gradmix_views_kernel[(n * programs,)](
-            mixed,
-            images,
-            partner.contiguous(),
-            centers.contiguous(),
-            gamma.contiguous() if isinstance(gamma, Tensor) else gamma,
-            centers.shape[1],
-            painters,
-            programs,
-            PLANES=planes,
-            H=height,
-            W=width,
-            DEPTH=depth,
-            GAMMA_PER_IMAGE=isinstance(gamma, Tensor),
-            COPIED=COPIED,
-            LINES=lines,
-            ITEMS=items,
-            TAPS=taps,
-            # A fused multiply-add would round places otherwise than the PyTorch body, at times by a pixel.
-            enable_fp_fusion=False,
-        )
+    images = _dense(images)
+    mixed = torch.empty_like(images, memory_format=memory_format(images))
+    patch_kernels.mix_views(mixed, images, partner, centers, gamma)
     return mixed
 
 
