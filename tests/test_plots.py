@@ -109,6 +109,18 @@ def test_points_with_error_bars_and_published_values():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "CIFAR10", "TinyImageNet"]
 
 
+def test_a_long_title_over_long_names_is_not_cut_off():
+    figure = plots.grouped_points(
+        ["SimCLR, resnet18, no mixing", "maximum logit (Vaze et al. 2022)"], {"x": [20.6, 21.2]},
+        title="Figure 5: linear probes of self-supervised features: tinyimagenet-all",
+    )  # fmt: skip
+    figure.draw_without_rendering()
+    texts = [figure._suptitle, *figure.axes[0].get_yticklabels()]
+    assert figure.get_suptitle().endswith("tinyimagenet-all")
+    for box in (text.get_window_extent() for text in texts):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_published_values_far_off_do_not_hide_the_differences():
     axes = plots.grouped_points(
         ["a", "b", "c"], {"x": [45.0, 47.0, 46.0]}, published=[91.33, 48.5, 3.0], title="t"

@@ -112,7 +112,9 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     assert all("smoke" in line for line in log if "AUROC" in line) and any("AUROC" in line for line in log)
     for name, figure in result.figures.items():
         mean = name.endswith("numbers")
-        assert figure.get_supxlabel() == ("Mean over all runs. " if mean else "") + "Budget smoke."
+        assert (
+            figure.get_supxlabel() == ("Mean and standard deviation over all runs. " if mean else "") + "Budget smoke."
+        )
         assert mean or figure.get_suptitle().endswith("digits, split 0, seed 0")
 
     assert {

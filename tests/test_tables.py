@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from data_pipeline.protocols import Protocol
@@ -107,6 +108,29 @@ def test_intervals_of_several_runs_are_their_mean_half_width():
     assert several.spread == pytest.approx(4.0)
     note = tables.intervals_note([("x", "digits", several)])
     assert "mean half-width" in note[0] and tables.intervals_note([("x", "digits", None)]) == []
+
+
+def test_the_bars_of_the_numbers_are_what_the_note_says():
+    rows = [Row(label=name, variant=name) for name in "ab"]
+
+    def bars(*cells: Finished) -> tuple[set[tuple[float, ...]], str]:
+        figure, said = tables.numbers_figure("table2", rows, "digits", cells)
+        (axes,) = figure.axes
+        segments = [segment for collection in axes.collections for segment in collection.get_segments()]
+        return {tuple(np.round(segment[:, 0], 6)) for segment in segments}, said
+
+    def run(variant: str, split: int, value: float, *ends: float) -> Finished:
+        intervals = {"osr/auroc": list(ends)} if ends else {}
+        return finished(variant, split, 0, {"numbers": {"osr/auroc": value}, "intervals": intervals})
+
+    one = [run("a", 0, 0.90, 0.88, 0.91), run("b", 0, 0.94, 0.93, 0.96)]
+    ends, said = bars(*one)
+    assert ends == {(88, 91), (93, 96)} and said.startswith("One run each")
+    # Over several runs the spread says more.
+    ends, said = bars(*one, run("a", 1, 0.94, 0.92, 0.95), run("b", 1, 0.94, 0.93, 0.96))
+    spread = 4 / 2**0.5
+    assert ends == {tuple(np.round([92 - spread, 92 + spread], 6)), (94, 94)} and "standard deviation" in said
+    assert bars(run("a", 0, 0.9), run("b", 0, 0.8)) == (set(), "Mean over all runs. ")
 
 
 def test_pictures_are_of_one_run_that_most_rows_have():

@@ -210,7 +210,10 @@ def grouped_points(
     differences, such as AUROC of ablations or detectors. The arguments are those of `grouped_bars`; a published value
     farther off than the points are spread would hide their differences, and is written at the side."""
     height = 1.4 + max(0.3, 0.2 * len(series)) * max(len(categories), 3)
-    figure, axes = _axes(title, label, "", height=height)
+    figure, axes = _axes("", label, "", width=7.0, height=height)
+    # Above the names, too, since what they leave of the width may be less than its length.
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    axes.locator_params(axis="x", nbins=7)
     ends: list[float] = []
     for name, places, values, sides, look in _groups(series, errors or {}, {"marker": ("o", "s", "^", "D")}):
         axes.errorbar(

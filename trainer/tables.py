@@ -192,7 +192,7 @@ def pictures(name: str, budget: str, cells: Sequence[Cell]) -> dict[str, Figure]
     for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
         rows = [row for row in chosen.rows if any(cell.record() for cell in cells_of(row, protocol, cells))]
         if rows:
-            numbers = numbers_figure(name, rows, protocol, cells)
+            numbers, said = numbers_figure(name, rows, protocol, cells)
             others = {column.measure for column in chosen.columns} - {None}
             run, members = same_run(rows, protocol, cells)
             found = {**evaluator_figures(members, others), **course_figures(members)}
@@ -201,8 +201,7 @@ def pictures(name: str, budget: str, cells: Sequence[Cell]) -> dict[str, Figure]
                 title = ": ".join(filter(None, (figure.get_suptitle(), f"{protocol}, {run}")))
                 figure.suptitle(title, x=0.01, ha="left", fontsize=11)
             for title, figure in {"numbers": numbers, **found}.items():
-                mean = "Mean over all runs. " if figure is numbers else ""
-                plots.with_note(figure, f"{mean}Budget {budget}.")
+                plots.with_note(figure, f"{said if figure is numbers else ''}Budget {budget}.")
                 drawn[f"{protocol.replace('+', '-')}_{title}"] = figure
     return drawn
 
@@ -221,21 +220,29 @@ def same_run(rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> tuple
     return f"split {split}, seed {seed}", runs[split, seed]
 
 
-def numbers_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> Figure:
+def numbers_figure(name: str, rows: Sequence[Row], protocol: str, cells: Sequence[Cell]) -> tuple[Figure, str]:
+    """The first column, and what its points and bars are."""
     chosen, found = experiment(name), {}
     column = chosen.columns[0]
     for row in rows:
         paper = published(name)["rows"].get(row.label, {}).get(protocol, {})
         found[row.label] = number_of(column, row, cells_of(row, protocol, cells), paper)
-    ends = [None if n.spread is None else (n.value - n.spread, n.value + n.spread) for n in found.values()]
-    return plots.grouped_points(
+    numbers, said = found.values(), "Mean over all runs. "
+    ends = [None if n.spread is None else (n.value - n.spread, n.value + n.spread) for n in numbers]
+    if any(ends):
+        said = "Mean and standard deviation over all runs. "
+    elif any(number.interval for number in numbers):
+        ends = [(number.low, number.high) if number.interval else None for number in numbers]
+        said = "One run each, with its bootstrap interval over test images. "
+    figure = plots.grouped_points(
         list(found),
-        {column.title: [each.value for each in found.values()]},
-        errors={column.title: ends} if any(ends) else None,
-        published=[each.published for each in found.values()],
+        {column.title: [number.value for number in numbers]},
+        errors={column.title: ends},
+        published=[number.published for number in numbers],
         title=f"{chosen.title}: {protocol}",
         label=f"{column.title} (percent)" if column.percent else column.title,
     )
+    return figure, said
 
 
 def evaluator_figures(shown: Mapping[Row, Cell], others: set[str]) -> dict[str, Figure]:
