@@ -7,6 +7,7 @@ and fails if that would change something.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,15 +110,36 @@ def selection_table(folder: Path) -> str:
     return markdown(header, rows)
 
 
-def speed_table(path: Path) -> str:
-    run = read(path)
-    batch, times = run["config"]["batch_size"], run["milliseconds"]
+def speed_table(*paths: Path) -> str:
+    """Milliseconds a step and views a second, with and without torch.compile."""
+    runs = [read(path) for path in paths]
     views = {"encoder alone, two views": 2, "SimCLR step": 2}
+    names = dict.fromkeys(name for run in runs for name in run["milliseconds"])
+    rows = []
+    for name in names:
+        cells = []
+        for run in runs:
+            time = run["milliseconds"].get(name)
+            rate = time and views.get(name, 3) * run["config"]["batch_size"] / time * 1e3
+            cells += [f"{time:.1f}", f"{rate:,.0f}"] if time else ["", ""]
+        rows.append([name, *cells])
+    kinds = ["compiled" if run["config"]["compile"] else "not compiled" for run in runs]
+    return markdown(["", *(f"{what}, {kind}" for kind in kinds for what in ("ms", "views/s"))], rows)
+
+
+def kernels_table(path: Path) -> str:
+    """Bytes that have to move over the time of a kernel, as a share of what a copy reaches."""
+    run = read(path)
     rows = [
-        [name, f"{time:.2f}", f"{batch / time * 1e3:,.0f}", f"{views.get(name, 3) * batch / time * 1e3:,.0f}"]
-        for name, time in times.items()
+        [
+            row["name"],
+            f"{row['microseconds']:.0f}",
+            f"{row['gb_per_s']:,}",
+            f"{row['gb_per_s'] / run['copy_gb_per_s']:.0%}",
+        ]
+        for row in run["rows"]
     ]
-    return markdown(["", "ms a step", "images/s", "views/s"], rows)
+    return markdown(["bfloat16, channels_last", "µs", "GB/s", "of a copy"], rows)
 
 
 def where_time_goes_table(path: Path) -> str:
@@ -164,8 +186,9 @@ def figures(folder: Path) -> None:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "speed": lambda: speed_table(HERE / "speed" / "step-1024-compiled.json"),
+    "speed": lambda: speed_table(HERE / "speed" / "step-1024.json", HERE / "speed" / "step-1024-compiled.json"),
     "where time goes": lambda: where_time_goes_table(HERE / "speed" / "step-1024-compiled.json"),
+    "kernels": lambda: kernels_table(HERE / "speed" / "kernels.json"),
     "selection": lambda: selection_table(HERE / "cifar10" / "selection"),
     "cifar10": lambda: splits_table(HERE / "cifar10"),
     "cifar10 by split": lambda: each_split_table(HERE / "cifar10"),
@@ -173,13 +196,15 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rebuilt(page: str) -> str:
-    """The page with every table made anew."""
-    for name, table in TABLES.items():
+    """The page with each of its tables made anew."""
+    for name in re.findall(r"<!-- (.+?) -->\n", page):
+        if name == "end":
+            continue
+        if name not in TABLES:
+            raise InputError(f"{PAGE.name} asks for a table {name!r}: there are {', '.join(TABLES)}")
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        if page.count(start) != 1:
-            raise InputError(f"{PAGE.name} has {page.count(start)} places for the table {name!r}: let it have one")
         before, rest = page.split(start)
-        page = before + start + table() + end + rest.split(end, 1)[1]
+        page = before + start + TABLES[name]() + end + rest.split(end, 1)[1]
     return page
 
 
@@ -191,7 +216,8 @@ def main() -> None:
         raise InputError(f"{PAGE.name} is not what the files give: run python -m results.tables")
     if not config.check:
         PAGE.write_text(new, encoding="utf-8")
-        figures(HERE / "cifar10")
+        if any(arms(HERE / "cifar10").values()):
+            figures(HERE / "cifar10")
 
 
 if __name__ == "__main__":
