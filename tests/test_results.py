@@ -1,0 +1,98 @@
+"""The page of results is what its files give; plans and choices do what they say."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import read_json
+from results import tables
+from results.choose import choose
+from results.run import RunConfig, Runner
+from trainer.registry import load_model
+
+SMALL = "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8"
+    "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8 --log-every 99"
+)
+
+
+def test_the_page_is_what_the_files_give():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.rebuilt(page) == page
+    assert tables.rebuilt(page.replace("| 35.7 |", "| 3.57 |")) == page
+    with pytest.raises(InputError, match="asks for a table 'unheard of'"):
+        tables.rebuilt(page + "<!-- unheard of -->\n\n<!-- end -->")
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """Two arms on one split, as the page wants them."""
+    folder = tmp_path_factory.mktemp("results")
+    config = RunConfig(plan=folder / "plan.json", data=digits.folder, out=folder / "out", work=folder / "runs")
+    run = Runner(config)
+    run.console = Console(quiet=True)
+    for arm in tables.ARMS:
+        run(f"{arm}-split0", f"{SMALL} --method {arm}")
+    return run
+
+
+def test_a_run_keeps_its_figures_on_both_kinds_of_features(finished, digits):
+    kept = read_json(finished.config.out / "gradmix-split0.json", "result")
+    assert kept["epochs"] == 1 and len(kept["curve"]) == 1 and kept["split_hash"] == digits.manifest.split_hash
+    assert kept["config"]["encoder"]["width"] == 4 and kept["wall_seconds"] > kept["train_seconds"] > 0
+    model = load_model(str(finished.config.work / "gradmix-split0" / "model"))
+    assert model.card.features == "embedding" and kept["auroc"] != kept["on_backbone"]["auroc"]
+
+
+def test_what_is_there_is_not_run_again_and_nothing_starts_without_time_for_it(finished, digits):
+    path = finished.config.out / "gradmix-split0.json"
+    before = path.stat().st_mtime_ns
+    assert finished("gradmix-split0", "--nonsense")["epochs"] == 1 and path.stat().st_mtime_ns == before
+    short = Runner(RunConfig(plan=path, data=digits.folder, out=finished.config.out, work=path.parent, seconds=0.0))
+    assert short("another", SMALL) is None and not (finished.config.out / "another.json").exists()
+
+
+def test_tables_hold_the_figures_of_the_runs(finished):
+    runs = [read_json(finished.config.out / f"{arm}-split0.json", "result") for arm in tables.ARMS]
+    by_k, by_split = tables.splits_table(finished.config.out), tables.each_split_table(finished.config.out)
+    for run in runs:
+        for found in (run, run["on_backbone"]):
+            assert all(f"{100 * value:.2f}" in by_k for value in found["auroc"].values())
+        assert f"{100 * run['on_backbone']['auroc']['10']:.2f}" in by_split
+    tables.figures(finished.config.out)
+    assert (finished.config.out / "auroc_over_k.svg").stat().st_size > 1000
+
+
+def test_a_split_that_one_arm_lacks_is_left_out(tmp_path):
+    for name in ("gradmix-split0", "gradmix-split1", "supcon+simclr-split1"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+    assert {arm: [run["name"] for run in runs] for arm, runs in tables.arms(tmp_path).items()} == {
+        "gradmix": ["gradmix-split1"],
+        "supcon+simclr": ["supcon+simclr-split1"],
+    }
+
+
+def test_a_change_is_kept_only_if_it_is_better_and_the_next_builds_on_it(tmp_path):
+    values = {"base": 0.7, "a": 0.8, "b": 0.75, "c": 0.9, "d": None}
+    tried = {}
+
+    def run(name: str, arguments: str):
+        tried[name] = arguments
+        value = values[name]
+        # The better of the two kinds of features counts.
+        return None if value is None else {"auroc": {"10": 0.1}, "on_backbone": {"auroc": {"10": value}}}
+
+    run.config, run.console = SimpleNamespace(out=tmp_path), Console(quiet=True)
+    given = {"base": "-p", "variants": [{"name": name, "args": f"-{name}"} for name in "abcd"]}
+    assert choose(given, run) == "-a -c"
+    assert tried == {"base": "-p", "a": "-p -a", "b": "-p -a -b", "c": "-p -a -c", "d": "-p -a -c -d"}
+    choice = read_json(tmp_path / "choice.json", "choice")
+    assert [(step["name"], step["kept"]) for step in choice["steps"]] == [
+        ("base", True), ("a", True), ("b", False), ("c", True),
+    ]  # fmt: skip
+    assert torch.tensor([step["auroc"] for step in choice["steps"]]).max() == pytest.approx(0.9)
