@@ -17,8 +17,6 @@ from results.run import RunConfig, Runner
 from trainer.registry import load_model
 
 SMALL = "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8"
-    "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8 --log-every 99"
-)
 
 
 def test_the_page_is_what_the_files_give():
