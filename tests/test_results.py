@@ -11,10 +11,11 @@ from rich.console import Console
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import read_json
-from results import tables
+from results import campaign, tables
 from results.choose import choose
 from results.run import RunConfig, Runner
 from trainer.registry import load_model
+from trainer.train import parse_config
 
 SMALL = "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8"
 
@@ -94,3 +95,39 @@ def test_a_change_is_kept_only_if_it_is_better_and_the_next_builds_on_it(tmp_pat
         ("base", True), ("a", True), ("b", False), ("c", True),
     ]  # fmt: skip
     assert torch.tensor([step["auroc"] for step in choice["steps"]]).max() == pytest.approx(0.9)
+
+
+def test_a_campaign_fits_its_trainings_into_the_time(tmp_path, monkeypatch):
+    finished = {"train_seconds": 20.0, "wall_seconds": 24.0, "epochs": 10, "train_images": 1000}
+    # 2 ms an image, 1,500 images, two arms of three and two views: 5.1 s an epoch and split, and 12 s beside them.
+    assert campaign.epochs_that_fit(2 * (12 + 7 * 5.1) + 0.1, 2, [finished, {**finished, "train_seconds": 30.0}]) == 7
+    assert campaign.epochs_that_fit(1.0, 5, [finished]) == 1
+
+    calls = []
+
+    class Recorder:
+        def __init__(self, config) -> None:
+            self.config, self.console = config, Console(quiet=True)
+            config.out.mkdir(parents=True, exist_ok=True)
+
+        def __call__(self, name: str, arguments: str):
+            calls.append((name, arguments.split()))
+            value = {"base": 0.7, "better": 0.8, "worse": 0.6}.get(name, 0.5)
+            kept = {**finished, "auroc": {"10": value}, "on_backbone": {"auroc": {"10": 0.0}}}
+            (self.config.out / f"{name}.json").write_text(json.dumps(kept))
+            return kept
+
+    monkeypatch.setattr(campaign, "Runner", Recorder)
+    plan = tmp_path / "variants.json"
+    variants = [{"name": "better", "args": "--k 7"}, {"name": "worse", "args": "--k 9"}]
+    plan.write_text(json.dumps({"base": "--protocol digits-pseudo0 --epochs 2", "variants": variants}))
+    campaign.campaign(
+        campaign.CampaignConfig(plan=plan, out=tmp_path / "out", protocol="digits", splits=(0, 3), seconds=60.0)
+    )
+    trained = dict(calls)
+    assert list(trained) == [
+        "base", "better", "worse", *(f"{arm}-split{split}" for split in (0, 3) for arm in tables.ARMS),
+    ]  # fmt: skip
+    config = parse_config([*trained["supcon+simclr-split3"], "--data", "x"])
+    assert (config.protocol, config.split, config.method, config.k) == ("digits", 3, "supcon+simclr", 7)
+    assert config.epochs == 3
