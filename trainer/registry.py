@@ -305,7 +305,7 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
     """
     if not uri.startswith("models:/"):
         if not (Path(uri) / "model.json").is_file():
-            raise InputError(f"{uri} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION or a folder of a run")
+            raise InputError(f"{uri} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION or RUN/model")
         return OpenSetModel.load(Path(uri), device)
     import mlflow
     from mlflow.exceptions import MlflowException
