@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import load_all
 from tests.models import small_model, write_images
 from trainer import predict as predict_module
-from trainer.predict import PredictConfig, find_images, predict
+from trainer.predict import PredictConfig, find_images, predict, read_square
 from trainer.registry import OpenSetModel
 
 QUIET = Console(quiet=True)
@@ -209,6 +209,16 @@ def test_what_a_path_stands_for(pictures, tmp_path):
     odd = tmp_path / "a[1].png"
     odd.touch()
     assert find_images([str(odd)]) == [odd]
+    # Links may lead in a circle, or to nothing, and a pipe is nothing that one can wait for.
+    tangle = tmp_path / "tangle"
+    (tangle / "below").mkdir(parents=True)
+    (tangle / "below" / "back").symlink_to(tangle)
+    (tangle / "self.png").symlink_to("self.png")
+    (tangle / "below" / "known").symlink_to(pictures / "known")
+    os.mkfifo(tangle / "pipe.png")
+    found = find_images([str(tangle)])
+    assert found == [tangle / "below" / "known" / path.name for path in known] + [tangle / "self.png"]
+    assert "not readable" in str(read_square(found[-1], 16, 1))
     for path, message in (
         ("nowhere", "no file, folder or match"),
         (str(tmp_path / "*.gif"), "no file, folder or match"),
