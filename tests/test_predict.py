@@ -253,6 +253,33 @@ def test_a_table_that_is_there_stays(config):
     assert config.out.read_text().startswith("path,label,class,score,threshold,error\n")
 
 
+def test_where_no_table_can_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "table.csv", Path("/proc/table.csv")):
+        with pytest.raises(InputError, match=f"{out.parent}.* cannot be written .*: name another place"):
+            predict(dataclasses.replace(config, out=out), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.json", "{}", "describes no model of this version"),
+        ("model.json", "[]", "describes no model of this version"),
+        ("gallery.safetensors", "cut", "is damaged"),
+        ("gallery.safetensors", None, "is damaged"),
+        ("calibration.safetensors", "cut", "is damaged"),
+    ],
+)
+def test_damaged_models(config, saved, tmp_path, name, content, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        predict(dataclasses.replace(config, model=str(folder)), QUIET)
+
+
 def test_a_registered_model(config, store, model):
     rows = predict(dataclasses.replace(config, model="models:/gradmix-digits@champion", tracking_uri=store), QUIET)
     assert len(rows) == 30 and rows[0]["threshold"] == model.card.threshold
