@@ -253,7 +253,7 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     check_alias(alias)
     link = Link.read(run_dir)
     card = ModelCard.read(run_dir / "model" / "model.json")
-    check_store(link.uri)
+    check_store(link.uri, must_exist=link.run_id is not None)
     deliver(run_dir)
     link = Link.read(run_dir)
     mlflow.set_tracking_uri(link.uri)
