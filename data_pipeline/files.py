@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,27 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` only if the block ends well.
 
     Raises:
-        InputError: the disk is full, or `path` is a folder; nothing was changed.
+        InputError: the disk is full, `path` is a folder, or no file can be made there; nothing was changed.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         with full_disk_is_bad_input(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.touch()
+            except OSError as error:
+                if _is_full(error):
+                    raise
+                raise InputError(f"{path} cannot be written ({error.strerror}): name another place") from error
             yield partial
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -309,15 +309,24 @@ def image_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(_images_below(str(folder), ""))]
 
 
-def _images_below(folder: str, prefix: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # also macOS's "._cat.png", which is no image
-                continue
-            if entry.is_dir():
-                yield from _images_below(entry.path, f"{prefix}{entry.name}/")
-            elif _is_image(entry.name):
-                yield prefix + entry.name
+def _images_below(folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """`above` are the folders that this one lies in: a link that leads back to one of them is not followed."""
+    try:
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in above:
+            return
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be looked into ({error.strerror}): make it readable") from error
+    for entry in entries:
+        if entry.name.startswith("."):  # also macOS's "._cat.png", which is no image
+            continue
+        link = entry.is_symlink()  # perhaps to nothing, or to itself: whoever reads it tells of that
+        if os.path.isdir(entry.path) if link else entry.is_dir():
+            yield from _images_below(entry.path, f"{prefix}{entry.name}/", (*above, (stat.st_dev, stat.st_ino)))
+        elif _is_image(entry.name) and (link or entry.is_file()):  # no pipe, which would be waited for
+            yield prefix + entry.name
 
 
 def _is_image(name: str) -> bool:

@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import load_all
 from tests.models import small_model, write_images
 from trainer import predict as predict_module
-from trainer.predict import PredictConfig, find_images, predict
+from trainer.predict import PredictConfig, find_images, predict, read_square
 from trainer.registry import OpenSetModel
 
 QUIET = Console(quiet=True)
@@ -209,6 +209,16 @@ def test_what_a_path_stands_for(pictures, tmp_path):
     odd = tmp_path / "a[1].png"
     odd.touch()
     assert find_images([str(odd)]) == [odd]
+    # Links may lead in a circle, or to nothing, and a pipe is nothing that one can wait for.
+    tangle = tmp_path / "tangle"
+    (tangle / "below").mkdir(parents=True)
+    (tangle / "below" / "back").symlink_to(tangle)
+    (tangle / "self.png").symlink_to("self.png")
+    (tangle / "below" / "known").symlink_to(pictures / "known")
+    os.mkfifo(tangle / "pipe.png")
+    found = find_images([str(tangle)])
+    assert found == [tangle / "below" / "known" / path.name for path in known] + [tangle / "self.png"]
+    assert "not readable" in str(read_square(found[-1], 16, 1))
     for path, message in (
         ("nowhere", "no file, folder or match"),
         (str(tmp_path / "*.gif"), "no file, folder or match"),
@@ -241,6 +251,33 @@ def test_a_table_that_is_there_stays(config):
     assert config.out.read_text() == "mine"
     predict(dataclasses.replace(config, overwrite=True), QUIET)
     assert config.out.read_text().startswith("path,label,class,score,threshold,error\n")
+
+
+def test_where_no_table_can_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "table.csv", Path("/proc/table.csv")):
+        with pytest.raises(InputError, match=f"{out.parent}.* cannot be written .*: name another place"):
+            predict(dataclasses.replace(config, out=out), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.json", "{}", "describes no model of this version"),
+        ("model.json", "[]", "describes no model of this version"),
+        ("gallery.safetensors", "cut", "is damaged"),
+        ("gallery.safetensors", None, "is damaged"),
+        ("calibration.safetensors", "cut", "is damaged"),
+    ],
+)
+def test_damaged_models(config, saved, tmp_path, name, content, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        predict(dataclasses.replace(config, model=str(folder)), QUIET)
 
 
 def test_a_registered_model(config, store, model):

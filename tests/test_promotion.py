@@ -16,8 +16,9 @@ from data_pipeline.errors import InputError
 from tests.models import NAME, finished_run
 from trainer.promotion import Measurement, compare, comparison_table, demote, difference, history_tables, promote
 from trainer.promotion import TestScores as Scores
-from trainer.registry import OpenSetModel, moves
+from trainer.registry import OpenSetModel, moves, register
 from trainer.registry_commands import app
+from trainer.tracking import Link
 
 
 def two_models(seed: int, known: int = 60, unknown: int = 40, gain: float = 0.0) -> tuple[Scores, Scores]:
@@ -157,6 +158,10 @@ def test_the_alias_goes_only_to_one_that_is_not_worse(registry, digits, capsys):
     # Somebody else's move leaves no note; the way back is known all the same.
     client.set_registered_model_alias(NAME, "champion", "3")
     assert demote(CHAMPION, "", registry) == "1"
+    # Neither does it hide who was there before.
+    client.set_registered_model_alias(NAME, "champion", "3")
+    assert promote(CHAMPION, f"models:/{NAME}/2", **options) and champion(registry) == "2"
+    assert demote(CHAMPION, "", registry) == "3" and demote(CHAMPION, "", registry) == "1"
     for table in history_tables(NAME, registry):
         options["console"].print(table)
     printed = capsys.readouterr().out
@@ -222,6 +227,35 @@ def test_what_cannot_be_compared(registry, digits, tmp_path):
     not_promoted("which is @champion already", challenger=f"models:/{NAME}/1")
     not_promoted("names no registered model", challenger=str(tmp_path))
     not_promoted("no version of other", champion="models:/other@champion")
+
+
+def test_a_reason_that_no_database_holds_moves_nothing(registry):
+    assert promote(f"models:/{NAME}@live", f"models:/{NAME}/1", Measurement(tracking_uri=registry), margin=0.0,
+                   metric="auroc", console=Console(quiet=True))  # fmt: skip
+    MlflowClient(registry).set_registered_model_alias(NAME, "live", "2")
+    with pytest.raises(InputError, match="the reason has 6,000 characters; say it in at most 1,000"):
+        demote(f"models:/{NAME}@live", "x" * 6000, registry)
+    assert str(MlflowClient(registry).get_model_version_by_alias(NAME, "live").version) == "2"
+
+
+def test_a_run_is_not_registered_in_the_store_of_another_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path / "run", model, "sqlite:///mlruns.db")
+    Link.read(tmp_path / "run").replaced(run_id="0" * 32).save(tmp_path / "run")
+    with pytest.raises(InputError, match=r"store sqlite:///mlruns\.db has no run 0+ of .*: call this from the folder"):
+        register(tmp_path / "run", NAME, "champion")
+    (tmp_path / "third").mkdir()
+    monkeypatch.chdir(tmp_path / "third")
+    with pytest.raises(InputError, match="there is no MLflow store"):
+        register(tmp_path / "run", NAME, "champion")
+    assert not list((tmp_path / "third").iterdir())
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path):
+    measurement = Measurement(tracking_uri=f"sqlite:///{tmp_path}/typo.db")
+    with pytest.raises(InputError, match="there is no MLflow store"):
+        promote(CHAMPION, f"models:/{NAME}/1", measurement, margin=0, metric="auroc", console=Console(quiet=True))
+    assert not (tmp_path / "typo.db").exists()
 
 
 def test_the_command_line(registry, digits, capsys):

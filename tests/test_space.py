@@ -63,6 +63,12 @@ def test_the_entries_that_the_file_offers_work(tmp_path):
         ("objective.temperature: {choices: []}", "needs a list of choices"),
         ("objective.temperature: {low: -1.0, high: 1.0}", "temperature is -1.0; set it above 0"),
         ("mixing.num_patches: {low: 1, high: 40}", "num-patches is 40; set it within 1 to 16"),
+        ("mixing.layers: {choices: [conv9, conv5_2]}", r"\('conv9',\) is no value of layers: give tuple.*'conv5_2'"),
+        ("mixing.place: {choices: [peak, nowhere]}", "'nowhere' is no value of place: give Literal.*'least'"),
+        ("objective.theta: {choices: [a]}", "'a' is no value of theta: give float"),
+        ("mixing.num_patches: {low: 1.0, high: 4.0}", "1.0 is no value of num_patches: give int"),
+        ("objective.theta: {low: 0.1, high: 1.0, log: maybe}", "log 'maybe'; write true or false"),
+        ("epochs: {low: 1, high: 5}", "epochs cannot be varied"),
         ("objective.lam: {low: 0.1, high: 1.0, zero_below: 2.0}", "zero_below 2.0; set it between 0.1 and 1.0"),
     ],
 )
@@ -70,4 +76,7 @@ def test_what_is_written_wrongly_is_named(text, message, tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
+        SearchSpace.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not a readable search space"):
         SearchSpace.read(path)

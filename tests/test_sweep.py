@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +140,8 @@ def test_a_sweep_is_one_run_with_its_trials_nested_and_the_winner_measured_once(
 
     with pytest.raises(InputError, match="add --resume to go on"):
         sweep(config, QUIET)
+    with pytest.raises(InputError, match="holds a sweep with other number of trials: name another --folder"):
+        sweep(dataclasses.replace(config, num_samples=3, resume=True), QUIET)
     # Going on with a finished sweep trains nothing again, and no second version is registered.
     before = {path: path.stat().st_mtime_ns for path in config.path.glob("trials/*/*/checkpoints/*")}
     again = sweep(dataclasses.replace(config, resume=True), QUIET)
@@ -208,6 +211,34 @@ def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):
     result = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert len(result["trials"]) == 4 and all(trial["score"] is not None for trial in result["trials"])
     assert before == {path: path.stat().st_mtime_ns for path in before}, "a finished trial was trained again"
+
+
+def test_a_search_that_is_told_to_stop_names_no_winner(tmp_path):
+    command = [
+        sys.executable, str(ROOT / "tuning" / "sweep.py"), "--num-samples", "3", "--epochs", "2", "--report-every", "1",
+        "--seeds", "0", "--final-epochs", "1", "--max-concurrent", "1", "--no-early-stopping", "--folder", "stopped",
+        "--base.tracking.offline", *SMALL,
+    ]  # fmt: skip
+    folder = tmp_path / "stopped"
+    for number, status, options in ((signal.SIGINT, 130, []), (signal.SIGUSR1, 75, ["--resume"])):
+        output = tmp_path / f"{number.name}.txt"
+        with output.open("w") as file:
+            stopped = subprocess.Popen([*command, *options], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + 150
+            while "trial 1:" not in output.read_text():
+                assert time.monotonic() < end and stopped.poll() is None, output.read_text()
+                time.sleep(0.1)
+            stopped.send_signal(number)
+            assert stopped.wait(60) == status, output.read_text()
+        finally:
+            stopped.kill()
+        assert output.read_text().endswith("stopped: the same command with --resume goes on\n")
+        assert json.loads((folder / "mlflow.json").read_text())["status"] == "KILLED"
+        assert not (folder / "result.json").exists() and not list(folder.glob("winner*"))
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(json.loads((folder / "result.json").read_text())["trials"]) == 3
 
 
 def test_resources_that_can_never_be_met_are_refused_at_once():
@@ -295,6 +326,7 @@ def test_other_nodes_have_to_see_the_folders_and_reach_the_store(tmp_path):
         ({"cpus": 0.0}, "give a trial something to run on"),
         ({"resume": True, "restart": True}, "give one of them"),
         ({"time_budget": 0.0}, "set it above 0"),
+        ({"final_epochs": -1}, "final-epochs is -1; set it to 0 or more"),
     ],
 )
 def test_bad_options_are_one_line(options, message):

@@ -227,7 +227,6 @@ def predict(config: PredictConfig, console: Console) -> list[dict[str, Any]]:
     paths = find_images(config.paths)
     model = load_model(config.model, config.tracking_uri, device_by_default())
     request = {"model": model.fingerprint, "neighbours": config.neighbours, "class_scores": config.class_scores}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(config.out, request, console)
     left = [path for path in paths if path not in journal.rows]
     if len(left) < len(paths):

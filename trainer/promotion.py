@@ -38,6 +38,8 @@ _NAMES: dict[Metric | Rate, str] = {
     "accepted": "known accepted",
     "rejected": "unknown rejected",
 }
+_LONGEST_WHY = 1000  # MLflow's databases hold a tag of 5,000 characters
+
 # Which of the images each of them is measured on.
 _IMAGES: dict[Metric | Rate, tuple[str, ...]] = {
     "auroc": ("known", "unknown"),
@@ -254,12 +256,12 @@ def promote(
 
     if not 0 <= margin < 1:
         raise InputError(f"margin is {margin}; set it within 0 to below 1")
-    client = MlflowClient(resolve_uri(measurement.tracking_uri))
     name, _, alias = champion.removeprefix("models:/").partition("@")
     if not champion.startswith("models:/") or not alias:
         raise InputError(f"{champion} names no alias to move: give models:/NAME@ALIAS")
     check_alias(alias)
     new = find_version(challenger, measurement.tracking_uri)
+    client = MlflowClient(resolve_uri(measurement.tracking_uri))
     if new.name != name:
         raise InputError(f"{challenger} is no version of {name}: an alias stays with its model; register it there")
     version, old = str(new.version), client.get_registered_model(name).aliases.get(alias)
@@ -296,6 +298,8 @@ def demote(champion: str, why: str, tracking_uri: str | None = None) -> str:
     """
     from mlflow.tracking import MlflowClient
 
+    if len(why) > _LONGEST_WHY:
+        raise InputError(f"the reason has {len(why):,} characters; say it in at most {_LONGEST_WHY:,}")
     present = find_version(champion, tracking_uri)
     name, _, alias = champion.removeprefix("models:/").partition("@")
     if not alias:
@@ -304,12 +308,16 @@ def demote(champion: str, why: str, tracking_uri: str | None = None) -> str:
     version = str(present.version)
     carriers: list[str] = []
     for move in moves(client, name):
-        if move.alias == alias and move.back:
+        if move.alias != alias:
+            continue
+        if move.back and carriers[-1:] == [move.old]:
             carriers.pop()
-        elif move.alias == alias:
+        elif not move.back:
+            if move.old is not None and carriers[-1:] != [move.old]:
+                carriers.append(move.old)  # which came by other means than ours, that leave no note
             carriers.append(move.new)
     if carriers[-1:] != [version]:
-        carriers.append(version)  # moved by other means, which leave no note
+        carriers.append(version)
     if len(carriers) < 2:
         raise InputError(f"no version of {name} is known to have been @{alias} before {version}: promote one instead")
     before = carriers[-2]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,6 +66,14 @@ class ModelCard:
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> ModelCard:
+        """Of a `model.json`; raises `InputError` if it is none of this version."""
+        try:
+            return cls.from_dict(read_json(path, "model"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} describes no model of this version ({error}): register it again") from error
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> ModelCard:
@@ -201,21 +210,25 @@ class OpenSetModel:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
-        card = ModelCard.from_dict(read_json(folder / "model.json", "model"))
+        card = ModelCard.read(folder / "model.json")
         encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
         if card.features == "backbone":
             encoder.drop_head()
         load_encoder(encoder, folder / "encoder.safetensors")
-        gallery = load_file(folder / "gallery.safetensors", device=str(device))
         # Models of earlier versions have neither of these.
         ids, calibration = folder / "gallery_ids.json", folder / "calibration.safetensors"
+        try:
+            gallery = load_file(folder / "gallery.safetensors", device=str(device))
+            scores = load_file(calibration)["scores"] if calibration.is_file() else None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the model in {folder} is damaged ({error}): get it again") from error
         return cls(
             card,
             encoder.to(device),
             gallery["embeddings"],
             gallery["labels"],
             read_json(ids, "list of training images") if ids.is_file() else None,
-            load_file(calibration)["scores"] if calibration.is_file() else None,
+            scores,
         )
 
     def render(self, images: Tensor) -> Tensor:
@@ -239,8 +252,8 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
 
     check_alias(alias)
     link = Link.read(run_dir)
-    card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
-    check_store(link.uri)
+    card = ModelCard.read(run_dir / "model" / "model.json")
+    check_store(link.uri, must_exist=link.run_id is not None)
     deliver(run_dir)
     link = Link.read(run_dir)
     mlflow.set_tracking_uri(link.uri)
@@ -305,7 +318,7 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
     """
     if not uri.startswith("models:/"):
         if not (Path(uri) / "model.json").is_file():
-            raise InputError(f"{uri} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION or a folder of a run")
+            raise InputError(f"{uri} is no model: give models:/NAME@ALIAS, models:/NAME/VERSION or RUN/model")
         return OpenSetModel.load(Path(uri), device)
     import mlflow
     from mlflow.exceptions import MlflowException

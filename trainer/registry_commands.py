@@ -8,7 +8,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from data_pipeline.files import read_json
 from trainer import promotion, registry
 from trainer.promotion import Measurement, Metric
 from trainer.registry import ModelCard
@@ -28,7 +27,7 @@ def register(run_dir: tyro.conf.Positional[Path], model_name: str | None = None,
         model_name: Name in the registry. Default: METHOD-PROTOCOL.
         alias: Alias that is moved to the new version; empty for none.
     """
-    card = ModelCard.from_dict(read_json(run_dir / "model" / "model.json", "model"))
+    card = ModelCard.read(run_dir / "model" / "model.json")
     name = model_name or f"{card.method}-{card.protocol['name']}"
     version = registry.register(run_dir, name, alias)
     print(f"registered {name} version {version}" + (f" as @{alias}" if alias else ""))

@@ -229,6 +229,7 @@ def deliver(run_dir: Path) -> int:
     the run is over, its report and figures follow as artifacts.
     """
     from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     # It would print two lines for each run that ends, and ask the server for them.
@@ -246,6 +247,15 @@ def deliver(run_dir: Path) -> int:
     points: list[Metric] = []
     for line in lines:
         points += [Metric(key, value, line["time"], line["step"]) for key, value in line["metrics"].items()]
+    try:
+        client.get_run(link.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise InputError(
+            f"the MLflow store {without_password(link.uri)} has no run {link.run_id} of {run_dir}: call this from the "
+            "folder that it was trained from, or bring back the store"
+        ) from error
     for start in range(0, len(points), _POINTS_PER_REQUEST):
         client.log_batch(link.run_id, metrics=points[start : start + _POINTS_PER_REQUEST])
     link = link.replaced(delivered=link.delivered + len(lines))
@@ -347,7 +357,7 @@ def sync(run_dirs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     """
     for run_dir in run_dirs:
         link = Link.read(run_dir)
-        check_store(link.uri)
+        check_store(link.uri, must_exist=link.run_id is not None)
         print(f"{run_dir}: {deliver(run_dir)} new journal lines delivered to {without_password(link.uri)}")
 
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
 
 LARGEST_GAMMA = 0.9
 _OWN = ("gamma_min", "gamma_share")
+_SET_BY_THE_SWEEP = ("protocol", "split", "epochs", "phases", "data", "run_dir", "checkpoint_every", "tracking")
 _KEYS = ("low", "high", "log", "zero_below", "choices")
 
 
@@ -42,7 +45,7 @@ class SearchSpace:
         """The space of a YAML file; raises `InputError` that names the entry and what is wrong with it."""
         try:
             entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
             raise InputError(f"{path} is not a readable search space ({' '.join(str(error).split())})") from error
         if not isinstance(entries, dict) or not entries:
             raise InputError(
@@ -91,6 +94,8 @@ def _distribution(where: str, entry: Any) -> BaseDistribution:
         if entry.keys() != {"choices"} or not isinstance(choices, list) or not choices:
             raise InputError(f"{where} needs a list of choices and nothing else")
         return CategoricalDistribution(choices)
+    if not isinstance(entry.get("log", False), bool):
+        raise InputError(f"{where} has log {entry['log']!r}; write true or false")
     low, high, log = entry.get("low"), entry.get("high"), entry.get("log", False)
     if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in (low, high)):
         raise InputError(f"{where} has the bounds {low!r} and {high!r}; give two numbers, low and high")
@@ -106,6 +111,8 @@ def _distribution(where: str, entry: Any) -> BaseDistribution:
 
 def _check(where: str, name: str, distribution: BaseDistribution) -> None:
     """Make sure that whatever is drawn is a configuration: the ends of a range and every choice are tried."""
+    if name.partition(".")[0] in _SET_BY_THE_SWEEP:
+        raise InputError(f"{where} cannot be varied: options of the sweep set it")
     if isinstance(distribution, CategoricalDistribution):
         drawn = list(distribution.choices)
     else:
@@ -132,7 +139,26 @@ def _replaced(config: Any, changes: Mapping[str, Any]) -> Any:
             if not dataclasses.is_dataclass(present):
                 raise InputError(f"field {name} has no fields of its own: leave out .{next(iter(value))}")
             value = _replaced(present, value)
-        elif isinstance(present, tuple) and isinstance(value, str):
-            value = tuple(value.split("+"))
+        else:
+            if isinstance(present, tuple) and isinstance(value, str):
+                value = tuple(value.split("+"))
+            kind = typing.get_type_hints(type(config))[name]
+            if not _fits(value, kind):
+                kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+                raise InputError(f"{value!r} is no value of {name}: give {kind}")
         new[name] = value
     return dataclasses.replace(config, **new)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the annotated type `kind`, as far as those of a configuration's fields go."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind if kind in (int, bool, str, type(None)) else True

@@ -115,6 +115,8 @@ class SweepConfig:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; set it to {least} or more")
+        if self.final_epochs is not None and self.final_epochs < 0:
+            raise InputError(f"final-epochs is {self.final_epochs}; set it to 0 or more")
         if not self.seeds or min(self.seeds) < 0:
             raise InputError(f"seeds is {self.seeds}; name one or more, each 0 or more")
         if self.cpus < 0 or self.gpus < 0 or self.cpus + self.gpus == 0:
@@ -193,7 +195,10 @@ def run_sweep(
                 "when it does again, add --resume to the same command"
             )
     except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        interrupted = isinstance(error, (KeyboardInterrupt, cli.Preempted))
+        if interrupted:
+            run.log("stopped: the same command with --resume goes on")
+        tracker.close("KILLED" if interrupted else "FAILED")
         raise
     tracker.close("FINISHED")
     run.log(f"written to {run.path}")
@@ -232,12 +237,14 @@ def begin(config: SweepConfig, space: SearchSpace, run: RunFolder) -> None:
     """Write what is asked, having made sure that it is not something else than what the folder holds."""
     protocol = Protocol(config.protocol, config.split) if config.protocol != "custom" else None
     record = {"protocol": config.protocol, "split": config.split, "seeds": list(config.seeds), "epochs": config.epochs}
+    # What Ray Tune goes on with as it was begun.
+    record |= {"number of trials": config.num_samples, "search": config.search, "early stopping": config.early_stopping}
     record |= {"base": config.trial_config.identity, "space": {n: repr(d) for n, d in space.distributions.items()}}
     earlier = run.config()
     if config.restart or (earlier is not None and not (run.path / "tune" / "search").is_dir()):
         # What was refused before its first trial, for want of cores say, is no sweep to go on with.
-        for name in ("trials", "tune", "plots"):
-            shutil.rmtree(run.path / name, ignore_errors=True)
+        for folder in (*(run.path / name for name in ("trials", "tune", "plots")), *run.path.glob("winner-*")):
+            shutil.rmtree(folder, ignore_errors=True)
         for name in ("journal.jsonl", "mlflow.json", "result.json"):
             (run.path / name).unlink(missing_ok=True)
         run.clear()
@@ -268,13 +275,15 @@ def parent_run(folder: Path, config: SweepConfig) -> str | None:
 
 def search(config: SweepConfig, settings: TrialSettings, earlier: Sequence[Earlier], run: RunFolder) -> list[Trial]:
     """Run all trials on Ray."""
+    from tuning.stopping import preempted_by_signals
+
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Seconds between two notes of what trials there are, for --resume. By default ten: short trials are over by then.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     if earlier:
         run.log(f"starting from {len(earlier)} trials of earlier sweeps")
     # Trials of several processes that are stopped early free their resources through the dashboard's agents.
-    with connected(config.address, dashboard=config.ranks > 1) as where:
+    with preempted_by_signals(), connected(config.address, dashboard=config.ranks > 1) as where:
         nodes = nodes_with_cores()
         cpus, gpus = (sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
         run.log(f"{where}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs")
@@ -303,6 +312,7 @@ def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int, earli
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     from tuning.progress import TrialLines
+    from tuning.stopping import Stopping
 
     storage = settings.folder / "tune"
     if config.ranks == 1:
@@ -335,7 +345,7 @@ def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int, earli
             name="search",
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=config.retries),
-            callbacks=[TrialLines()],
+            callbacks=[TrialLines(), Stopping()],
             verbose=0,
         ),
     )
@@ -482,7 +492,8 @@ def train_winner(
         space.apply(base, result["best"]["values"]),
         epochs=config.final_epochs or base.epochs,
         data=made.folder,
-        run_dir=config.path / "winner",
+        # Its own folder: another one may win when failed trials are tried again.
+        run_dir=config.path / f"winner-{result['best']['trial']}",
         k=min(int(result["best"]["k"]), smallest),
         tracking=dataclasses.replace(config.base.tracking, uri=settings.uri, alias="challenger"),
     )
