@@ -150,6 +150,10 @@ def make_engine(
         )
     except (ValueError, AssertionError, TypeError) as error:  # how it answers a configuration that it does not take
         raise InputError(f"DeepSpeed refuses its configuration ({' '.join(str(error).split())}): correct it") from error
+    # DeepSpeed's own makes tensors of numbers on the device, for which the host would wait.
+    engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(
+        engine.module.parameters(), engine.gradient_clipping()
+    )
     if engine.zero_optimization_stage() == 0:
         # Faster convolutions. Not before `initialize`, which broadcasts weights as contiguous bytes, and not where
         # DeepSpeed keeps the weights as pieces of one flat buffer.
