@@ -17,7 +17,7 @@ from tests.cluster.hosts import ROOT
 OPTIONS = [
     "--epochs", "4", "--batch-size", "96", "--checkpoint-every", "1", "--log-every", "1", "--encoder.width", "4",
     "--encoder.hidden-dim", "16", "--encoder.embedding-dim", "16", "--optimizer.name", "sgd",
-    "--optimizer.learning-rate", "1e-3", "--tracking.offline",
+    "--optimizer.learning-rate", "3e-5", "--tracking.offline",
 ]  # fmt: skip
 
 
