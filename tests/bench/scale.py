@@ -97,13 +97,13 @@ def sent(at: Setting) -> dict[str, float]:
         "batch norm": 2 * others * 8 * at.channels,  # means and variances, likewise
         "gradients": 2 * share * 4 * at.weights,
         "ZeRO's weights": share * 4 * at.weights if at.zero else 0.0,
-        "loss": 2 * share * 4,
+        "ZeRO's norm of the gradients": 2 * share * 4 if at.zero else 0.0,
     }
 
 
 def collectives(at: Setting) -> int:
     """How many a step has, where one bucket holds all gradients."""
-    return 2 * at.layers + 5 + (at.zero > 0)
+    return 2 * at.layers + (6 if at.zero else 4)
 
 
 def sent_in_an_epoch(at: Setting) -> float:
