@@ -44,6 +44,7 @@ setup(
         "page": ["nicegui"],  # trainer.page
         "dev": [
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
             "ruff",
