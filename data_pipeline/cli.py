@@ -27,9 +27,19 @@ class Preempted(BaseException):
         self.status = status
 
 
+_ends_process = False
+
+
+def ends_process() -> bool:
+    """Whether what runs is a command, whose process ends with it; elsewhere, in a notebook say, others go on in it."""
+    return _ends_process
+
+
 def run(main: Callable[[], None]) -> None:
     """Run `main` and end the process: 0, 2 with one line on standard error for an `InputError`, 75 when preempted, 130
     after Ctrl-C."""
+    global _ends_process
+    _ends_process = True
     try:
         main()
     except InputError as error:

@@ -196,9 +196,12 @@ def test_tables_share_what_they_train_alike_and_finish_what_another_began(monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return train_step(trainer, batch, epoch, step)
 
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in signals]
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         patch.setattr(Trainer, "train_step", stopped)
         reproduce(table("figure2", "none"), output())
+    assert [signal.getsignal(number) for number in signals] == handlers, "this process goes on"
     reproduce(table("table1", "supcon+simclr", "supcon"), output())
     (shared,) = [cell.config.folder for cell in plan(table("figure2", "none"))]
     assert "going on from" in (shared / "log.txt").read_text()

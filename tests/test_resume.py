@@ -43,8 +43,13 @@ def step_and_die(self, batch, epoch, number):
     if epoch * {steps} + number == dies:
         os.kill(os.getpid(), signal.{signal})
     return parts
+def main_and_hurry():
+    try:
+        main()
+    finally:  # as launchers do with the ranks that are left
+        os.kill(os.getpid(), signal.SIGTERM)
 Trainer.train_step = step_and_die
-cli.run(main)
+cli.run(main_and_hurry)
 """
 
 

@@ -376,7 +376,8 @@ def requests_to_stop() -> Iterator[list[str]]:
         yield asked
     except cli.Preempted:
         # Ranks end one after the other, and launchers hurry those that are left: let them end by themselves.
-        handlers = dict.fromkeys(handlers, signal.SIG_IGN)
+        if cli.ends_process():
+            handlers = dict.fromkeys(handlers, signal.SIG_IGN)
         raise
     finally:
         for number, handler in handlers.items():
