@@ -22,7 +22,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from trainer import measure
 from trainer.config import TrackingConfig, recipe
-from trainer.evaluators import BootstrapConfig, ClosedSet
+from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet
 from trainer.experiments import EXPERIMENTS, Measure, Variant, experiment
 from trainer.plan import ReproduceConfig, plan
 from trainer.registry import OpenSetModel

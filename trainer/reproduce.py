@@ -38,10 +38,10 @@ from trainer.config import TrackingConfig
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks, read_deepspeed_config
+from trainer.evaluation.report import Number, TableResult
 from trainer.experiments import EXPERIMENTS, experiment
 from trainer.measure import Data, compute
 from trainer.plan import Cell, ReproduceConfig, plan
-from trainer.report import Number, TableResult
 from trainer.tables import WIDTH, duration, numbers_line, write_tables
 from trainer.tracking import (
     JournalTracker,
