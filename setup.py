@@ -10,8 +10,8 @@ setup(
     packages=find_packages(include=["data_pipeline*", "trainer*", "tuning*", "cluster*"]),
     package_data={
         "data_pipeline": ["*.json"],
-        "trainer": ["*.json"],
         "trainer.evaluation": ["*.jinja"],
+        "trainer.reproduce": ["*.json"],
         "tuning": ["*.yaml"],
     },
     install_requires=[

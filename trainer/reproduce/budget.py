@@ -10,7 +10,7 @@ from data_pipeline.protocols import Protocol
 from trainer.config import Phase, TrainConfig
 from trainer.evaluation.attribution_maps import Coverage
 from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
-from trainer.experiments import Variant
+from trainer.reproduce.experiments import Variant
 
 
 class Budget(NamedTuple):

@@ -103,7 +103,7 @@ class Experiment:
 @cache
 def published(experiment: str) -> Mapping[str, Any]:
     """The published `rows` of an experiment, {row: {protocol: {number: value}}}, and `marks`, {row: remark}."""
-    text = resources.files("trainer").joinpath("published.json").read_text("utf-8")
+    text = resources.files("trainer.reproduce").joinpath("published.json").read_text("utf-8")
     return json.loads(text).get(experiment, {"rows": {}, "marks": {}})
 
 
