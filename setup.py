@@ -8,7 +8,12 @@ setup(
     description="Distributed training of open set recognition with GradMix",
     python_requires=">=3.11",
     packages=find_packages(include=["data_pipeline*", "trainer*", "tuning*", "cluster*"]),
-    package_data={"data_pipeline": ["*.json"], "trainer": ["*.json", "*.jinja"], "tuning": ["*.yaml"]},
+    package_data={
+        "data_pipeline": ["*.json"],
+        "trainer.evaluation": ["*.jinja"],
+        "trainer.reproduce": ["*.json"],
+        "tuning": ["*.yaml"],
+    },
     install_requires=[
         "torch",
         "torchvision",  # data sets and residual blocks

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline import cli
 from data_pipeline.errors import InputError
-from trainer import plots
+from trainer.evaluation import plots
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "RESULTS.md"

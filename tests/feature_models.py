@@ -10,7 +10,7 @@ from data_pipeline.loader import Batch
 from data_pipeline.protocols import Protocol
 from trainer.config import EncoderConfig
 from trainer.encoder import Encoder
-from trainer.evaluators import FeatureModel
+from trainer.evaluation.evaluators import FeatureModel
 from trainer.registry import ModelCard, OpenSetModel
 
 SIZE = 8

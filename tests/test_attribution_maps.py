@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
 from tests.feature_models import batch_of, colour_data, colour_model, open_set_model
-from trainer.attribution_maps import Coverage, activated_share
-from trainer.evaluators import TEMPERATURE, FeatureModel, Subject
+from trainer.evaluation.attribution_maps import Coverage, activated_share
+from trainer.evaluation.evaluators import TEMPERATURE, FeatureModel, Subject
 
 # Views that are the image itself.
 PLAIN = ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)

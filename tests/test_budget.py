@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from trainer.budget import BUDGETS, Budget
 from trainer.config import recipe
-from trainer.experiments import experiment
+from trainer.reproduce.budget import BUDGETS, Budget
+from trainer.reproduce.experiments import experiment
 
 
 def test_a_budget_limits_and_never_raises():

@@ -164,7 +164,7 @@ def test_every_field_has_help_and_a_reader():
 
 def test_light_modules_import_torch_and_numpy_only():
     modules = ["trainer.gradmix", "trainer.losses", "trainer.attribution", "trainer.metrics", "trainer.open_set"]
-    modules += ["trainer.mixing", "data_pipeline.views"]
+    modules += ["trainer.mixing", "trainer.evaluation", "trainer.reproduce", "data_pipeline.views"]
     heavy = ("ffcv", "deepspeed", "ray", "mlflow", "tyro", "rich", "torchvision", "sklearn", "pyarrow", "PIL")
     program = f"import sys, {', '.join(modules)}; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

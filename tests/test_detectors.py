@@ -11,7 +11,7 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import weibull_min
 
 from data_pipeline.errors import InputError
-from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
+from trainer.evaluation.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 
 NAMES = get_args(DetectorName)
 CLASSES, DIMENSIONS = 4, 9

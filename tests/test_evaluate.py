@@ -14,16 +14,16 @@ from rich.console import Console
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
-from trainer.attribution_maps import Coverage
 from trainer.config import EncoderConfig, recipe
 from trainer.encoder import Encoder
 from trainer.evaluate import EvaluateConfig, evaluate, measure
-from trainer.evaluators import BootstrapConfig, FeatureModel, OpenSet, Subject
-from trainer.linear_probe import LinearProbe
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.evaluators import BootstrapConfig, FeatureModel, OpenSet, Subject
+from trainer.evaluation.linear_probe import LinearProbe
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.metrics import auroc
 from trainer.recognition import build_model
 from trainer.registry import OpenSetModel
-from trainer.robustness import AdversarialAttacks, CommonCorruptions
 
 FEW = BootstrapConfig(resamples=20)
 # What makes each task quick, and numbers and figures that it has to leave.

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from data_pipeline.errors import InputError
 from tests.feature_models import SIZE, MeanColour, colour_data, colour_model, open_set_model
-from trainer.evaluators import (
+from trainer.evaluation.evaluators import (
     TEMPERATURE,
     BootstrapConfig,
     ClosedSet,

@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from trainer.experiments import EXPERIMENTS, experiment, published
-from trainer.plan import ReproduceConfig, plan
+from trainer.reproduce.experiments import EXPERIMENTS, experiment, published
+from trainer.reproduce.plan import ReproduceConfig, plan
 
 
 def test_variants_of_one_protocol_differ_in_what_they_train():

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch
-from trainer.evaluators import FeatureModel, Subject
-from trainer.linear_probe import LinearProbe
+from trainer.evaluation.evaluators import FeatureModel, Subject
+from trainer.evaluation.linear_probe import LinearProbe
 
 
 class Fixed(FeatureModel):
@@ -21,7 +21,7 @@ class Fixed(FeatureModel):
         self.table = torch.from_numpy(table).float()
 
     def __call__(self, images):
-        from trainer.detectors import Outputs
+        from trainer.evaluation.detectors import Outputs
 
         return Outputs(self.table[images.flatten(1)[:, 0].long()], None)
 

@@ -10,9 +10,9 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import protocol_names, split_count
-from trainer.budget import BUDGETS
-from trainer.experiments import EXPERIMENTS, experiment
-from trainer.plan import ReproduceConfig, plan, training_name
+from trainer.reproduce.budget import BUDGETS
+from trainer.reproduce.experiments import EXPERIMENTS, experiment
+from trainer.reproduce.plan import ReproduceConfig, plan, training_name
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, "figure4"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import plots
+from trainer.evaluation import plots
 from trainer.metrics import Curve, oscr_curve, roc_curve
 
 random = np.random.default_rng(0)

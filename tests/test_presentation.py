@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.evaluators import ClosedSet, Detectors, Evaluation, OpenSet
-from trainer.presentation import present
+from trainer.evaluation.evaluators import ClosedSet, Detectors, Evaluation, OpenSet
+from trainer.evaluation.presentation import present
 
 METRICS = ("auroc", "oscr", "tnr_at_95_tpr", "dtacc", "auin", "auout")
 

@@ -11,7 +11,7 @@ from data_pipeline.loader import Partitions
 from tests.models import finished_run
 from trainer.config import EncoderConfig, recipe
 from trainer.encoder import Encoder
-from trainer.evaluators import FeatureModel
+from trainer.evaluation.evaluators import FeatureModel
 from trainer.open_set import score
 from trainer.recognition import build_model, evaluate_open_set
 from trainer.registry import OpenSetModel, load_model

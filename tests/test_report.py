@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from trainer import plots
+from trainer.evaluation import plots
+from trainer.evaluation.report import Number, TableResult, provenance, to_html, write_report
 from trainer.metrics import Interval
-from trainer.report import Number, TableResult, provenance, to_html, write_report
 
 
 class Page(HTMLParser):

@@ -20,13 +20,13 @@ from data_pipeline.beton import read_build
 from data_pipeline.cli import Preempted
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
-from trainer import measure
 from trainer.config import TrackingConfig, recipe
-from trainer.evaluators import BootstrapConfig, ClosedSet
-from trainer.experiments import EXPERIMENTS, Measure, Variant, experiment
-from trainer.plan import ReproduceConfig, plan
+from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet
 from trainer.registry import OpenSetModel
-from trainer.reproduce import reproduce
+from trainer.reproduce import measure
+from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
+from trainer.reproduce.plan import ReproduceConfig, plan
+from trainer.reproduce.runner import reproduce
 from trainer.train import Trainer
 
 DIGITS = "digits-0-16px-raw-600images"

@@ -10,8 +10,15 @@ from sklearn.metrics import roc_auc_score
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data_pipeline.errors import InputError
 from tests.feature_models import COLOURS, batch_of, colour_data, colour_model, open_set_model
-from trainer.evaluators import BootstrapConfig, FeatureModel, Subject
-from trainer.robustness import AdversarialAttacks, CommonCorruptions, _attack, _classifier, _LogitOf, _numpy_seed
+from trainer.evaluation.evaluators import BootstrapConfig, FeatureModel, Subject
+from trainer.evaluation.robustness import (
+    AdversarialAttacks,
+    CommonCorruptions,
+    _attack,
+    _classifier,
+    _LogitOf,
+    _numpy_seed,
+)
 
 FEW = BootstrapConfig(resamples=30)
 

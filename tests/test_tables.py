@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.protocols import Protocol
-from trainer import tables
 from trainer.config import TrainConfig, recipe
-from trainer.experiments import Column, Row, Variant
-from trainer.plan import ReproduceConfig, plan
-from trainer.tables import table_of
+from trainer.reproduce import tables
+from trainer.reproduce.experiments import Column, Row, Variant
+from trainer.reproduce.plan import ReproduceConfig, plan
+from trainer.reproduce.tables import table_of
 
 
 def test_published_only_rows_come_first_and_measured_ones_keep_their_figures():

@@ -27,10 +27,10 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
-from trainer.attribution_maps import Coverage
 from trainer.config import recipe
-from trainer.detectors import DetectorName
-from trainer.evaluators import (
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.detectors import DetectorName
+from trainer.evaluation.evaluators import (
     TEMPERATURE,
     BootstrapConfig,
     ClosedSet,
@@ -45,12 +45,12 @@ from trainer.evaluators import (
     Subject,
     Track,
 )
-from trainer.linear_probe import LinearProbe
-from trainer.presentation import present
+from trainer.evaluation.linear_probe import LinearProbe
+from trainer.evaluation.presentation import present
+from trainer.evaluation.report import TableResult, provenance, write_report
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.recognition import evaluate_open_set, metrics_table
 from trainer.registry import OpenSetModel, load_model
-from trainer.report import TableResult, provenance, write_report
-from trainer.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.tracking import JournalTracker, discard_journal, resolve_uri, without_password
 
 Task = Literal[

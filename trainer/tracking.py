@@ -277,7 +277,7 @@ def went_through(action: Callable[[], Any]) -> bool:
 
 
 def _deliver_report(client: Any, run_id: str, run_dir: Path) -> None:
-    """What `trainer.report.write_report` left in the folder; delivered again, it replaces itself."""
+    """What `trainer.evaluation.report.write_report` left in the folder; delivered again, it replaces itself."""
     for name in ("report.html", "table.json", "table.csv", "table.txt"):
         if (run_dir / name).is_file():
             client.log_artifact(run_id, str(run_dir / name))

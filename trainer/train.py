@@ -42,11 +42,11 @@ from trainer.config import TrainConfig, recipe
 from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
 from trainer.encoder import Encoder, compile_stages, load_encoder
 from trainer.engine import autocast_dtype, join_ranks, make_engine, micro_batch_size, read_deepspeed_config
+from trainer.evaluation.report import hardware
 from trainer.methods import Method, method_of
 from trainer.mixing import Mixed, draw_gamma, mix, partners
 from trainer.recognition import build_model, evaluate_open_set, metrics_table
 from trainer.registry import register
-from trainer.report import hardware
 from trainer.roll_call import roll_call
 from trainer.tracking import (
     JournalTracker,

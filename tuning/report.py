@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from trainer import plots
+from trainer.evaluation import plots
 from tuning.space import SearchSpace
 
 

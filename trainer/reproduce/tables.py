@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from data_pipeline.files import replacing
-from trainer import plots
-from trainer.budget import BUDGETS
 from trainer.config import TrainConfig
-from trainer.evaluators import Evaluation
-from trainer.experiments import REMARKS, Column, Row, experiment, published
-from trainer.measure import evaluation_of
-from trainer.plan import Cell, ReproduceConfig
-from trainer.presentation import present
-from trainer.report import Number, TableResult, write_report
+from trainer.evaluation import plots
+from trainer.evaluation.evaluators import Evaluation
+from trainer.evaluation.presentation import present
+from trainer.evaluation.report import Number, TableResult, write_report
+from trainer.reproduce.budget import BUDGETS
+from trainer.reproduce.experiments import REMARKS, Column, Row, experiment, published
+from trainer.reproduce.measure import evaluation_of
+from trainer.reproduce.plan import Cell, ReproduceConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

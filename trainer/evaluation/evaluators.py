@@ -28,8 +28,8 @@ from data_pipeline.loader import Batch
 from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
 from trainer.config import Features
-from trainer.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.encoder import Encoded
+from trainer.evaluation.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.metrics import (
     Interval,
     auroc,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig, draw_parameters, render_view
-from trainer.evaluators import TEMPERATURE, Evaluation, FeatureModel, Subject
+from trainer.evaluation.evaluators import TEMPERATURE, Evaluation, FeatureModel, Subject
 from trainer.gradmix import activation_map
 from trainer.losses import simclr_loss
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
-from trainer.evaluators import Evaluation, Subject
+from trainer.evaluation.evaluators import Evaluation, Subject
 from trainer.metrics import top_k_accuracy
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, Corruption, constants, corrupt, read_corrupted
 from data_pipeline.errors import InputError
-from trainer.evaluators import BootstrapConfig, Evaluation, FeatureModel, Subject
+from trainer.evaluation.evaluators import BootstrapConfig, Evaluation, FeatureModel, Subject
 from trainer.metrics import auroc
 
 _BATCH = 256

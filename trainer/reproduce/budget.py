@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_pipeline.protocols import Protocol
-from trainer.attribution_maps import Coverage
 from trainer.config import Phase, TrainConfig
-from trainer.experiments import Variant
-from trainer.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.reproduce.experiments import Variant
 
 
 class Budget(NamedTuple):

@@ -20,10 +20,10 @@ from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint
 from trainer.distributed import from_first_rank
 from trainer.encoder import load_encoder
-from trainer.evaluators import Evaluation, FeatureModel, Features, Subject
-from trainer.experiments import Measure
-from trainer.plan import Cell, ReproduceConfig
+from trainer.evaluation.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.registry import OpenSetModel
+from trainer.reproduce.experiments import Measure
+from trainer.reproduce.plan import Cell, ReproduceConfig
 from trainer.train import train
 
 

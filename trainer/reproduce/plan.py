@@ -19,9 +19,9 @@ import tyro
 from data_pipeline.errors import InputError, unknown_name
 from data_pipeline.files import read_json
 from data_pipeline.protocols import Protocol, split_count
-from trainer.budget import BUDGETS
 from trainer.config import TrackingConfig, TrainConfig
-from trainer.experiments import ALIASES, Variant, experiment
+from trainer.reproduce.budget import BUDGETS
+from trainer.reproduce.experiments import ALIASES, Variant, experiment
 
 
 @dataclass(frozen=True, kw_only=True)

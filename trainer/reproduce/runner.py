@@ -33,16 +33,16 @@ from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
-from trainer.budget import BUDGETS
 from trainer.config import TrackingConfig
 from trainer.distributed import from_first_rank, world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks, read_deepspeed_config
-from trainer.experiments import EXPERIMENTS, experiment
-from trainer.measure import Data, compute
-from trainer.plan import Cell, ReproduceConfig, plan
-from trainer.report import Number, TableResult
-from trainer.tables import WIDTH, duration, numbers_line, write_tables
+from trainer.evaluation.report import Number, TableResult
+from trainer.reproduce.budget import BUDGETS
+from trainer.reproduce.experiments import EXPERIMENTS, experiment
+from trainer.reproduce.measure import Data, compute
+from trainer.reproduce.plan import Cell, ReproduceConfig, plan
+from trainer.reproduce.tables import WIDTH, duration, numbers_line, write_tables
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -241,7 +241,3 @@ def main() -> None:
     )
     width = None if sys.stdout.isatty() else WIDTH
     reproduce(config, Console(soft_wrap=True, width=width, quiet=os.environ.get("RANK", "0") != "0"))
-
-
-if __name__ == "__main__":
-    cli.run(main)

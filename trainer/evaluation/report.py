@@ -22,8 +22,8 @@ from rich.table import Table
 
 from data_pipeline.files import replacing, write_json
 from data_pipeline.run_folder import source_commit
+from trainer.evaluation.plots import save_figures, svg
 from trainer.metrics import Interval
-from trainer.plots import save_figures, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +163,9 @@ def to_html(result: TableResult, drawn: Mapping[str, str] | None = None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(loader=PackageLoader("trainer", "."), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("trainer.evaluation", "."), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {
         "text": _text,
         "interval": lambda cell: cell.interval if isinstance(cell, Number) else "",

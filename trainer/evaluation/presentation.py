@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trainer import plots
-from trainer.attribution_maps import Coverage
-from trainer.evaluators import (
+from trainer.evaluation import plots
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.evaluators import (
     ClosedSet,
     Detectors,
     Evaluation,
@@ -21,10 +21,10 @@ from trainer.evaluators import (
     OpenSet,
     OutOfDistribution,
 )
-from trainer.linear_probe import LinearProbe
+from trainer.evaluation.linear_probe import LinearProbe
+from trainer.evaluation.report import Cell, Number
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.metrics import oscr_curve, roc_curve
-from trainer.report import Cell, Number
-from trainer.robustness import AdversarialAttacks, CommonCorruptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Presentation:
-    """The parts of a `trainer.report.TableResult` that come from evaluations."""
+    """The parts of a `trainer.evaluation.report.TableResult` that come from evaluations."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]

@@ -15,9 +15,9 @@ from importlib import resources
 from typing import Any, Literal
 
 from data_pipeline.errors import unknown_name
-from trainer.attribution_maps import Coverage
 from trainer.config import Architecture, MixingConfig, TrainConfig, recipe
-from trainer.evaluators import (
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.evaluators import (
     BootstrapConfig,
     ClosedSet,
     Evaluator,
@@ -26,8 +26,8 @@ from trainer.evaluators import (
     OpenSet,
     OutOfDistribution,
 )
-from trainer.linear_probe import LinearProbe
-from trainer.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.evaluation.linear_probe import LinearProbe
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 
 _NO_BARS = BootstrapConfig(resamples=0)
 """Splits and seeds give the spread."""
@@ -103,7 +103,7 @@ class Experiment:
 @cache
 def published(experiment: str) -> Mapping[str, Any]:
     """The published `rows` of an experiment, {row: {protocol: {number: value}}}, and `marks`, {row: remark}."""
-    text = resources.files("trainer").joinpath("published.json").read_text("utf-8")
+    text = resources.files("trainer.reproduce").joinpath("published.json").read_text("utf-8")
     return json.loads(text).get(experiment, {"rows": {}, "marks": {}})
 
 

@@ -1,0 +1,1 @@
+"""What measures a model, and how what it finds is shown. `trainer.evaluate` is the command."""
