@@ -12,8 +12,9 @@ from PIL import Image
 from data_pipeline.beton import Build
 from data_pipeline.files import write_json
 from data_pipeline.loader import Partitions
-from trainer.config import EncoderConfig, recipe
+from trainer.config import EncoderConfig
 from trainer.encoder import Encoder
+from trainer.recipes import recipe
 from trainer.recognition import build_model
 from trainer.registry import OpenSetModel, register
 from trainer.tracking import JournalTracker

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from trainer.config import recipe
+from trainer.recipes import recipe
 from trainer.reproduce.budget import BUDGETS, Budget
 from trainer.reproduce.experiments import experiment
 

@@ -13,16 +13,8 @@ import pytest
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import protocol_names
 from trainer import config as config_module
-from trainer.config import (
-    METHODS,
-    RECIPES,
-    CrossEntropyConfig,
-    MixingConfig,
-    ObjectiveConfig,
-    TrackingConfig,
-    TrainConfig,
-    recipe,
-)
+from trainer.config import CrossEntropyConfig, MixingConfig, ObjectiveConfig, TrackingConfig, TrainConfig
+from trainer.recipes import METHODS, RECIPES, recipe
 from trainer.train import parse_config
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from rich.console import Console
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
-from trainer.config import EncoderConfig, recipe
+from trainer.config import EncoderConfig
 from trainer.encoder import Encoder
 from trainer.evaluate import EvaluateConfig, evaluate, measure
 from trainer.evaluation.attribution_maps import Coverage
@@ -22,6 +22,7 @@ from trainer.evaluation.evaluators import BootstrapConfig, FeatureModel, OpenSet
 from trainer.evaluation.linear_probe import LinearProbe
 from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.metrics import auroc
+from trainer.recipes import recipe
 from trainer.recognition import build_model
 from trainer.registry import OpenSetModel
 

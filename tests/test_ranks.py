@@ -16,10 +16,11 @@ from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
-from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConfig
 from trainer.distributed import rank, world_size
 from trainer.engine import join_ranks
-from trainer.train import Trainer
+from trainer.recipes import recipe
+from trainer.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,11 @@ import torch
 
 from data_pipeline.loader import Partitions
 from tests.models import finished_run
-from trainer.config import EncoderConfig, recipe
+from trainer.config import EncoderConfig
 from trainer.encoder import Encoder
 from trainer.evaluation.evaluators import FeatureModel
 from trainer.open_set import score
+from trainer.recipes import recipe
 from trainer.recognition import build_model, evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
 

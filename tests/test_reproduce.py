@@ -20,14 +20,15 @@ from data_pipeline.beton import read_build
 from data_pipeline.cli import Preempted
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
-from trainer.config import TrackingConfig, recipe
+from trainer.config import TrackingConfig
 from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet
+from trainer.recipes import recipe
 from trainer.registry import OpenSetModel
 from trainer.reproduce import measure
 from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
 from trainer.reproduce.plan import ReproduceConfig, plan
 from trainer.reproduce.runner import reproduce
-from trainer.train import Trainer
+from trainer.trainer import Trainer
 
 DIGITS = "digits-0-16px-raw-600images"
 

@@ -27,16 +27,19 @@ from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer import checkpoint
 from trainer import train as train_module
-from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrackingConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrackingConfig, TrainConfig
 from trainer.engine import join_ranks
-from trainer.train import Trainer, run_identity, train
+from trainer.recipes import recipe
+from trainer.train import run_identity, train
+from trainer.trainer import Trainer
 
 QUIET = Console(quiet=True)
 STEPS = 6  # of an epoch
 DIE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from trainer.train import Trainer, cli, main
+from trainer.train import cli, main
+from trainer.trainer import Trainer
 step, dies = Trainer.train_step, {dies}
 def step_and_die(self, batch, epoch, number):
     parts = step(self, batch, epoch, number)

@@ -9,7 +9,8 @@ import optuna
 import pytest
 
 from data_pipeline.errors import InputError
-from trainer.config import TrainConfig, recipe
+from trainer.config import TrainConfig
+from trainer.recipes import recipe
 from tuning.space import DEFAULT_SPACE, SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

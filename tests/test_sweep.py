@@ -23,7 +23,8 @@ from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.sources import Source
-from trainer.config import EncoderConfig, OptimizerConfig, recipe
+from trainer.config import EncoderConfig, OptimizerConfig
+from trainer.recipes import recipe
 from tuning.nodes import check_shared, preflight
 from tuning.sweep import SweepConfig, sweep
 from tuning.trial import pseudo_name, pseudo_split, trial_scores

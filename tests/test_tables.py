@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.protocols import Protocol
-from trainer.config import TrainConfig, recipe
+from trainer.config import TrainConfig
+from trainer.recipes import recipe
 from trainer.reproduce import tables
 from trainer.reproduce.experiments import Column, Row, Variant
 from trainer.reproduce.plan import ReproduceConfig, plan

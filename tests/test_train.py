@@ -18,12 +18,14 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions, load_all
 from data_pipeline.protocols import Protocol
 from trainer import checkpoint
-from trainer.config import EncoderConfig, MixingConfig, MoCoConfig, TrackingConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, MixingConfig, MoCoConfig, TrackingConfig, TrainConfig
 from trainer.engine import join_ranks, micro_batch_size, read_deepspeed_config
 from trainer.evaluate import EvaluateConfig, evaluate
+from trainer.recipes import recipe
 from trainer.recognition import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
-from trainer.train import Trainer, train
+from trainer.train import train
+from trainer.trainer import Trainer
 
 QUIET = Console(quiet=True)
 

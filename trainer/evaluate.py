@@ -27,7 +27,6 @@ from data_pipeline.errors import InputError
 from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import UNKNOWN, Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
-from trainer.config import recipe
 from trainer.evaluation.attribution_maps import Coverage
 from trainer.evaluation.detectors import DetectorName
 from trainer.evaluation.evaluators import (
@@ -49,6 +48,7 @@ from trainer.evaluation.linear_probe import LinearProbe
 from trainer.evaluation.presentation import present
 from trainer.evaluation.report import TableResult, provenance, write_report
 from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.recipes import recipe
 from trainer.recognition import evaluate_open_set, metrics_table
 from trainer.registry import OpenSetModel, load_model
 from trainer.tracking import JournalTracker, discard_journal, resolve_uri, without_password

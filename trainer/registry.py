@@ -59,7 +59,7 @@ class ModelCard:
     accept: float
     """Share of held-out known images that the threshold was set to accept."""
     method: str = "gradmix"
-    """What trained the encoder, by its name in `trainer.config.METHODS`."""
+    """What trained the encoder, by its name in `trainer.recipes.METHODS`."""
     classifier: Classifier | None = None
     features: Features = "embedding"
     """What the score compares; "backbone": the encoder has no projection head."""

@@ -12,8 +12,9 @@ import tyro
 
 from data_pipeline import cli
 from data_pipeline.errors import InputError
-from trainer.config import TrainConfig, recipe
+from trainer.config import TrainConfig
 from trainer.engine import micro_batch_size
+from trainer.recipes import recipe
 from tuning.space import DEFAULT_SPACE
 from tuning.trial import COORDINATOR
 

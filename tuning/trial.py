@@ -21,9 +21,11 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.distributed import from_first_rank, rank
 from trainer.engine import join_ranks
+from trainer.loop import training_epochs
 from trainer.recognition import build_model, evaluate_open_set
 from trainer.tracking import JournalTracker, NullTracker, Tracker
-from trainer.train import Trainer, portable_encoder, run_identity, training_epochs
+from trainer.train import run_identity
+from trainer.trainer import Trainer
 from tuning.space import SearchSpace
 
 
@@ -169,7 +171,7 @@ def trial_scores(
 def mean_scores(trainers: list[Trainer]) -> dict[str, float]:
     results = []
     for trainer in trainers:
-        model = build_model(portable_encoder(trainer), trainer.partitions, trainer.config)
+        model = build_model(trainer.portable_encoder(), trainer.partitions, trainer.config)
         results.append(evaluate_open_set(model, trainer.partitions, trainer.config.ks))
     ks = set.intersection(*(set(result["auroc"]) for result in results))
     auroc = {k: sum(result["auroc"][k] for result in results) / len(results) for k in sorted(ks)}

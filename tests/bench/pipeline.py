@@ -25,9 +25,10 @@ from data_pipeline import cli
 from data_pipeline.beton import Build, read_build
 from data_pipeline.loader import Partitions, StreamLoader, load_all
 from data_pipeline.views import ViewConfig, draw_parameters, render_view
-from trainer.config import EncoderConfig, MixingConfig, recipe
+from trainer.config import EncoderConfig, MixingConfig
 from trainer.engine import join_ranks
-from trainer.train import Trainer
+from trainer.recipes import recipe
+from trainer.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -36,11 +36,12 @@ from data_pipeline.beton import find_build
 from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer import losses
-from trainer.config import EncoderConfig, OptimizerConfig, TrainConfig, recipe
+from trainer.config import EncoderConfig, OptimizerConfig, TrainConfig
 from trainer.distributed import world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks
-from trainer.train import Trainer
+from trainer.recipes import recipe
+from trainer.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

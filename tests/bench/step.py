@@ -40,11 +40,13 @@ from data_pipeline import cli
 from data_pipeline.beton import Build, FileRecord, Manifest
 from data_pipeline.loader import Batch, Partitions
 from data_pipeline.protocols import Protocol
-from trainer.config import EncoderConfig, MixingConfig, recipe
+from trainer.config import EncoderConfig, MixingConfig
 from trainer.engine import join_ranks
 from trainer.losses import objective
 from trainer.mixing import draw_gamma, partners
-from trainer.train import Trainer, new_encoder, versions
+from trainer.recipes import recipe
+from trainer.train import versions
+from trainer.trainer import Trainer, new_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from data_pipeline.errors import unknown_name
-from trainer.config import Architecture, MixingConfig, TrainConfig, recipe
+from trainer.config import Architecture, MixingConfig, TrainConfig
 from trainer.evaluation.attribution_maps import Coverage
 from trainer.evaluation.evaluators import (
     BootstrapConfig,
@@ -28,6 +28,7 @@ from trainer.evaluation.evaluators import (
 )
 from trainer.evaluation.linear_probe import LinearProbe
 from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
+from trainer.recipes import recipe
 
 _NO_BARS = BootstrapConfig(resamples=0)
 """Splits and seeds give the spread."""
