@@ -26,9 +26,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from data_pipeline import sources
 from data_pipeline.errors import InputError
-from data_pipeline.sources import CorruptImageError, Source, open_source
+from data_pipeline.sources import CorruptImageError, Source, open_source, tinyimagenet
 
 DIGITS = tuple("0123456789")
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -443,7 +442,7 @@ def test_tinyimagenet_is_downloaded_and_checked(tiny: Path, tmp_path: Path, monk
     assert set(asked) == {"http://cs231n.stanford.edu/tiny-imagenet-200.zip"}
     assert "File not found or corrupted" in message and "connect to the network" in message
     shutil.rmtree(tmp_path / "new")
-    monkeypatch.setattr(sources, "_TINYIMAGENET_MD5", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(tinyimagenet, "_MD5", hashlib.md5(content).hexdigest())
     assert open_source(**opened).labels.tolist() == [2, 0, 1, 0]
 
 
