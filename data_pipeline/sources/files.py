@@ -79,18 +79,19 @@ class FolderFiles:
 
 
 class ZipFiles:
-    """Files in a zip."""
+    """Files in a zip, below its folder `top`, or at once in one that was made without that folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, top: str) -> None:
         self._path = path
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
         except zipfile.BadZipFile as error:
             raise InputError(f"{path} is not a complete zip file; delete it and get it again") from error
-        # Names start below the official zip's one folder, or at once in a zip that was made without it.
-        top = "tiny-imagenet-200/" if any(each.filename.startswith("tiny-imagenet-200/") for each in members) else ""
-        self._members = {each.filename.removeprefix(top): each for each in members if each.filename.startswith(top)}
+        prefix = f"{top}/" if any(each.filename.startswith(f"{top}/") for each in members) else ""
+        self._members = {
+            each.filename.removeprefix(prefix): each for each in members if each.filename.startswith(prefix)
+        }
 
     def images_in(self, folder: str) -> list[str]:
         return sorted(name for name in self._members if name.startswith(f"{folder}/") and _is_image(name))

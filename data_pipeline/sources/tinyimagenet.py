@@ -15,6 +15,7 @@ from data_pipeline.sources.source import Source, Subset, one_line
 
 _URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_TOP = "tiny-imagenet-200"  # the one folder of the official zip
 
 
 def open_tinyimagenet(root: Path, subset: Subset, channels: Literal[1, 3]) -> Source:
@@ -45,13 +46,13 @@ def open_tinyimagenet(root: Path, subset: Subset, channels: Literal[1, 3]) -> So
 
 
 def _find_files(root: Path) -> Files:
-    for folder in (root, root / "tiny-imagenet-200"):
+    for folder in (root, root / _TOP):
         if (folder / "wnids.txt").is_file():
             return FolderFiles(folder)
     archive = root if root.is_file() else root / "tiny-imagenet-200.zip"
     if not archive.exists():
         _download(root)
-    return ZipFiles(archive)
+    return ZipFiles(archive, _TOP)
 
 
 def _download(root: Path) -> None:
