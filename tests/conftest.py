@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import urllib.request
+from urllib.error import URLError
+
 import pytest
 import torch
 from rich.console import Console
@@ -9,10 +12,22 @@ from rich.console import Console
 from data_pipeline.beton import Build
 from data_pipeline.build import BuildConfig, build
 
+pytest.register_assert_rewrite("tests.sources")  # so that its asserts, too, show what they compared
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there cannot be downloaded, whatever network this machine has."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture(scope="session")
