@@ -20,7 +20,7 @@ from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConf
 from trainer.distributed import rank, world_size
 from trainer.engine import join_ranks
 from trainer.recipes import recipe
-from trainer.trainer import Trainer
+from trainer.step import Trainer
 
 CPU = torch.device("cpu")
 

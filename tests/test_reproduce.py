@@ -28,7 +28,7 @@ from trainer.reproduce import measure
 from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
 from trainer.reproduce.plan import ReproduceConfig, plan
 from trainer.reproduce.runner import reproduce
-from trainer.trainer import Trainer
+from trainer.step import Trainer
 
 DIGITS = "digits-0-16px-raw-600images"
 

@@ -30,8 +30,8 @@ from trainer import train as train_module
 from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrackingConfig, TrainConfig
 from trainer.engine import join_ranks
 from trainer.recipes import recipe
+from trainer.step import Trainer
 from trainer.train import run_identity, train
-from trainer.trainer import Trainer
 
 QUIET = Console(quiet=True)
 STEPS = 6  # of an epoch
@@ -39,7 +39,7 @@ DIE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from trainer.train import cli, main
-from trainer.trainer import Trainer
+from trainer.step import Trainer
 step, dies = Trainer.train_step, {dies}
 def step_and_die(self, batch, epoch, number):
     parts = step(self, batch, epoch, number)

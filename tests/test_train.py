@@ -24,8 +24,8 @@ from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.recipes import recipe
 from trainer.recognition import evaluate_open_set
 from trainer.registry import OpenSetModel, load_model
+from trainer.step import Trainer
 from trainer.train import train
-from trainer.trainer import Trainer
 
 QUIET = Console(quiet=True)
 

@@ -24,8 +24,8 @@ from data_pipeline.run_folder import NullRunFolder, RunFolder
 from trainer import checkpoint
 from trainer.batch_norm import agree_on_statistics
 from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
+from trainer.step import Trainer
 from trainer.tracking import Tracker
-from trainer.trainer import Trainer
 
 
 def training_epochs(

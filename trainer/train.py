@@ -1,6 +1,6 @@
 """`python -m trainer.train`, `deepspeed --module trainer.train`: train an encoder, measure it, register the model.
 
-The run as a whole: what it is known by, its folder, its records. `trainer.trainer` is one step of it, `trainer.loop`
+The run as a whole: what it is known by, its folder, its records. `trainer.step` is one step of it, `trainer.loop`
 the steps one after the other.
 """
 
@@ -36,6 +36,7 @@ from trainer.recipes import recipe
 from trainer.recognition import build_model, evaluate_open_set, metrics_table
 from trainer.registry import register
 from trainer.roll_call import roll_call
+from trainer.step import Trainer
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -46,7 +47,6 @@ from trainer.tracking import (
     resolve_uri,
     without_password,
 )
-from trainer.trainer import Trainer
 
 
 def train(config: TrainConfig, console: Console | None, partitions: Partitions | None = None) -> None:

@@ -23,9 +23,9 @@ from trainer.distributed import from_first_rank, rank
 from trainer.engine import join_ranks
 from trainer.loop import training_epochs
 from trainer.recognition import build_model, evaluate_open_set
+from trainer.step import Trainer
 from trainer.tracking import JournalTracker, NullTracker, Tracker
 from trainer.train import run_identity
-from trainer.trainer import Trainer
 from tuning.space import SearchSpace
 
 

@@ -28,7 +28,7 @@ from data_pipeline.views import ViewConfig, draw_parameters, render_view
 from trainer.config import EncoderConfig, MixingConfig
 from trainer.engine import join_ranks
 from trainer.recipes import recipe
-from trainer.trainer import Trainer
+from trainer.step import Trainer
 
 CPU = torch.device("cpu")
 

@@ -41,7 +41,7 @@ from trainer.distributed import world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks
 from trainer.recipes import recipe
-from trainer.trainer import Trainer
+from trainer.step import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ from trainer.engine import join_ranks
 from trainer.losses import objective
 from trainer.mixing import draw_gamma, partners
 from trainer.recipes import recipe
+from trainer.step import Trainer, new_encoder
 from trainer.train import versions
-from trainer.trainer import Trainer, new_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
