@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import numpy as np
 
 from data_pipeline.errors import InputError
 from data_pipeline.ffcv_writer import Encoding, WriteMode, write_ffcv
-from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, sha256, write_json
 from data_pipeline.protocols import Partition, Protocol
 from data_pipeline.sources import CorruptImageError, Source
 
@@ -348,9 +347,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,9 +17,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from data_pipeline import cli
-from data_pipeline.beton import MANIFEST, Build, read_build, sha256
+from data_pipeline.beton import MANIFEST, Build, read_build
 from data_pipeline.errors import InputError
-from data_pipeline.files import full_disk_is_bad_input, replacing_folder, write_json
+from data_pipeline.files import full_disk_is_bad_input, replacing_folder, sha256, write_json
 from data_pipeline.loader import load_all
 
 

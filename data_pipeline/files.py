@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -116,3 +117,9 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"there is no {what} {path}: correct the path, or make it first") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable {what} ({error}): delete it and make it again") from error
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.beton import find_build
@@ -17,7 +20,7 @@ from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
 from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConfig
-from trainer.distributed import rank, world_size
+from trainer.distributed import from_first_rank, rank, world_size
 from trainer.engine import join_ranks
 from trainer.recipes import recipe
 from trainer.step import Trainer
@@ -98,6 +101,15 @@ def test_losses_gradients_weights_and_peaks_do_not_depend_on_the_number_of_ranks
             same = torch.isclose(result["peaks"], expected["peaks"], atol=1e-5, equal_nan=True).float().mean()
             assert same > 0.95
             assert torch.equal(result["peaks"].nan_to_num(-1), results[0]["peaks"].nan_to_num(-1))
+
+
+def _decide_slowly() -> int:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    return from_first_rank(lambda: time.sleep(4) or 7)
+
+
+def test_what_the_first_rank_does_may_take_longer_than_a_collective_waits():
+    assert on_ranks(_decide_slowly, 2) == [7, 7]
 
 
 def test_zero_stages_compute_what_plain_training_does(alone):

@@ -9,6 +9,7 @@ import re
 import signal
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +22,12 @@ from data_pipeline.cli import Preempted
 from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from trainer.config import TrackingConfig
-from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet
+from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet, Evaluation
 from trainer.recipes import recipe
 from trainer.registry import OpenSetModel
 from trainer.reproduce import measure
 from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
-from trainer.reproduce.plan import ReproduceConfig, plan
+from trainer.reproduce.plan import ReproduceConfig, plan, training_name
 from trainer.reproduce.runner import reproduce
 from trainer.step import Trainer
 
@@ -143,7 +144,8 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     damaged.write_text(text[: len(text) // 2])
     (config.path / "cross_entropy-digits-1-seed0" / "arrays.npz").unlink()
     arrays = config.path / "gradmix-digits-1-seed0" / "arrays.npz"
-    arrays.write_bytes(arrays.read_bytes()[:-40])
+    content = arrays.read_bytes()
+    arrays.write_bytes(content[:300] + bytes(8) + content[308:])  # its directory, at the end, is whole
     again = reproduce(config, output())
     assert sorted((c.method, c.split) for c in trained) == [("cross_entropy", 1), ("gradmix", 0), ("gradmix", 1)]
     assert again.rows == result.rows and json.loads(damaged.read_text())["numbers"] == json.loads(text)["numbers"]
@@ -152,11 +154,27 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     def preempted(*args):
         raise Preempted
 
-    monkeypatch.setattr(measure, "train", preempted)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "train", preempted)
+        damaged.unlink()
+        with pytest.raises(Preempted):
+            reproduce(config, console := output())
+        said = console.export_text()
+        assert "stopped by the system in gradmix-digits-0-seed0: the same command goes on there" in said
+
+        # With --restart nothing is left of what was, also of the cells that were not reached.
+        with pytest.raises(Preempted):
+            reproduce(dataclasses.replace(config, restart=True), console := output())
+        assert "the same command without --restart goes on there" in console.export_text()
+    assert not any(cell.record() or cell.is_trained for cell in plan(config))
+
+    # A model that is gone from a run that says it is finished.
+    only = dataclasses.replace(config, variants=("gradmix",), splits=(0,))
+    reproduce(only, output())
     damaged.unlink()
-    with pytest.raises(Preempted):
-        reproduce(config, console := output())
-    assert "stopped by the system in gradmix-digits-0-seed0: the same command goes on there" in console.export_text()
+    (runs["gradmix-digits-0-seed0"] / "model" / "model.json").unlink()
+    with pytest.raises(InputError, match=r"says that it is finished, but .*: remove it to have it trained anew"):
+        reproduce(only, output())
 
 
 def by_split_0(folder):
@@ -177,10 +195,26 @@ def test_the_course_of_training_is_measured_and_its_checkpoints_go(monkeypatch):
     assert (cell.config.checkpoint_every, cell.config.keep_checkpoints) == (1, 2)
     reproduce(config, output())
     with np.load(cell.folder / "arrays.npz") as arrays:
-        assert arrays["osr/course/epoch"].tolist() == [1, 2]
+        assert arrays["osr/course/epoch"].tolist() == [1, 2], "and none between the stretches"
         last = arrays["osr/course/closed_set_accuracy"][1]
     assert last == cell.record()["numbers"]["osr/closed_set_accuracy"]
     assert not (cell.config.folder / "checkpoints").exists()
+
+
+def test_a_course_has_the_ends_of_its_stretches_only(monkeypatch):
+    """A request to stop leaves checkpoints in between."""
+    loaded = []
+    monkeypatch.setattr(measure.checkpoint, "encoders", lambda folder: {epoch: f"{epoch}" for epoch in range(1, 8)})
+    monkeypatch.setattr(measure, "load_encoder", lambda encoder, path: loaded.append(path))
+    monkeypatch.setattr(measure, "Subject", lambda *args: None)
+    (cell,) = plan(ReproduceConfig(experiment="table2", protocols=("digits",), splits=(0,), variants=("gradmix",)))
+    cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, checkpoint_every=2, epochs=7))
+    wanted = Measure(evaluator=lambda subject: Evaluation({"x": len(loaded)}), course=3)
+    model = SimpleNamespace(encoder=None, of=lambda *args: None)
+    monkeypatch.setattr(measure, "FeatureModel", model)
+    found = measure.course_of(wanted, cell, model, None).arrays
+    assert found["course/epoch"].tolist() == [2, 4, 6, 7] and found["course/x"].tolist() == [1, 2, 3, 4]
+    assert loaded[:4] == ["2", "4", "6", "7"]
 
 
 def test_tables_share_what_they_train_alike_and_finish_what_another_began(monkeypatch):
@@ -231,13 +265,13 @@ def test_tables_share_what_they_train_alike_and_finish_what_another_began(monkey
         rows=(),
     )
     monkeypatch.setitem(EXPERIMENTS, "table2", lambda: twice)
-    begun = []
+    steps = []
     monkeypatch.setattr(
-        measure, "train", lambda c, *rest, train=measure.train: (begun.append(c.restart), train(c, *rest))
+        Trainer, "train_step", lambda *args, step=Trainer.train_step: (steps.append(args[-1]), step(*args))[1]
     )
     reproduce(table("table2", "a", "b", restart=True), output())
     after = trainings()
-    assert begun == [True, False] and {name for name in after if after[name] != before[name]} == {shared.name}
+    assert steps == [*range(9)] * 2 and {name for name in after if after[name] != before[name]} == {shared.name}
     assert all(cell.record() for cell in cells)
 
 
@@ -285,4 +319,21 @@ def test_a_table_in_mlflow_and_a_store_that_does_not_answer(tmp_path):
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"report.html", "table.json", "table.csv", "table.txt", "figures"} <= names
     value = next(row for row in result.rows if row[0] == "SupCon")[3].value
-    assert run.data.metrics["digits/SupCon/AUROC ---"] == pytest.approx(value)
+    assert run.data.metrics["digits/SupCon/AUROC"] == pytest.approx(value)
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_trained():
+    config = ReproduceConfig(experiment="table2", protocols=("cifar10-closed",))
+    with pytest.raises(InputError, match="cifar10-closed has no unknown class, and table2 measures how"):
+        reproduce(config, output())
+    with pytest.raises(InputError, match="custom is for images of your own"):
+        ReproduceConfig(experiment="table2", protocols=("custom",))
+    assert not Path("reproductions").exists()
+
+
+def test_a_folder_is_named_after_all_that_decides_what_is_left_in_it():
+    (cell,) = plan(ReproduceConfig(experiment="table2", protocols=("digits",), splits=(0,), variants=("gradmix",)))
+    for change in ({"score_on": "backbone"}, {"compile": True}, {"k": 3}, {"init_from": Path("x")}, {"seed": 1}):
+        other = dataclasses.replace(cell.config, **change)
+        assert training_name(other, cell.protocol) != cell.config.folder.name, change
+    assert training_name(dataclasses.replace(cell.config, workers=2), cell.protocol) == cell.config.folder.name

@@ -133,7 +133,10 @@ def run_and_die(config: TrainConfig, dies: int, name: str) -> int:
     return done.returncode
 
 
-@pytest.mark.parametrize(("dies", "name"), [(8, "SIGKILL"), (9, "SIGTERM"), (14, "SIGUSR1"), (4, "SIGINT")])
+@pytest.mark.parametrize(
+    ("dies", "name"),
+    [(8, "SIGKILL"), (9, "SIGTERM"), (14, "SIGUSR1"), (4, "SIGINT"), (3 * STEPS - 1, "SIGTERM")],
+)
 def test_a_run_that_is_ended_at_any_step_goes_on_bit_for_bit(config, straight, dies, name):
     code = run_and_die(config, dies, name)
     steps = max(json.loads(p.read_text())["progress"]["total_steps"] for p in config.folder.rglob("state.json"))

@@ -13,7 +13,6 @@ they are functions of the seed, the epoch and the image.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, replacing_folder, sha256, write_json
 from trainer.distributed import from_first_rank
 from trainer.encoder import load_encoder, save_encoder
 
@@ -98,7 +97,7 @@ def save(
                 "optimizer_steps": schedule["last_epoch"],
                 "schedule": schedule,
                 "loss_scaler": scaler and scaler[0](),
-                "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
+                "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir())},
             }
             write_json(partial / _STATE, record)
         folders = _all(run_dir)
@@ -115,7 +114,7 @@ def latest(run_dir: Path, warn: Callable[[str], None] = lambda text: None) -> Pa
     for folder in reversed(_all(run_dir)):
         try:
             checksums = read_json(folder / _STATE, "checkpoint state")["sha256"]
-            damaged = [name for name, expected in checksums.items() if _sha256(folder / name) != expected]
+            damaged = [name for name, expected in checksums.items() if sha256(folder / name) != expected]
         except (InputError, OSError, KeyError, TypeError, AttributeError):
             damaged = [_STATE]
         if not damaged:
@@ -229,8 +228,3 @@ def _loss_scaler(engine: Any) -> tuple[Callable[[], dict[str, Any]], Callable[[d
         plain = (bool, int, float)
         return lambda: {k: v for k, v in vars(scaler).items() if isinstance(v, plain)}, vars(scaler).update
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

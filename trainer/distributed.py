@@ -5,6 +5,8 @@ Everything here is what one process alone would do when `torch.distributed` is n
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -67,7 +69,10 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def from_first_rank(action: Callable[[], Result]) -> Result:
-    """What `action` returns on the first rank, the only one to run it; all ranks raise the `InputError` it raises."""
+    """What `action` returns on the first rank, the only one to run it; all ranks raise the `InputError` it raises.
+
+    It may take longer than a collective waits, such as a download or an evaluation does.
+    """
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -77,7 +82,23 @@ def from_first_rank(action: Callable[[], Result]) -> Result:
                 raise
             outcome[1] = str(error)
     if world_size() > 1:
+        _wait_for_first_rank()
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+_waits = itertools.count()
+
+
+def _wait_for_first_rank() -> None:
+    """Return on every rank once the first one is here, however late: no collective begins before, which would give up
+    after minutes. That the first rank still lives is `trainer.roll_call`'s to say."""
+    store, key = dist.PrefixStore("first-rank", dist.distributed_c10d._get_default_store()), str(next(_waits))
+    if rank() == 0:
+        store.set(key, "")
+    pause = 0.001
+    while rank() != 0 and not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)

@@ -74,9 +74,9 @@ def training_epochs(
             tracker.log({f"train/{name}": value for name, value in record.items()}, epoch + 1)
             run.log_progress(f"epoch {epoch + 1}/{config.total_epochs}  {loss_line(means)}  {rate:,.0f} images/s")
             progress = START  # of the next epoch
-            stop = from_first_rank(lambda: bool(asked)) and epoch + 1 < config.total_epochs
+            stop = from_first_rank(lambda: bool(asked))
             if due(epoch, config.checkpoint_every, config.total_epochs) or stop:
-                keeper.save(epoch + 1, 0, (), 0.0, seconds, asked if stop else [])
+                keeper.save(epoch + 1, 0, (), 0.0, seconds, asked)
             yield epoch + 1, seconds
 
 

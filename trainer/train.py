@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -75,15 +76,14 @@ def train(config: TrainConfig, console: Console | None, partitions: Partitions |
         tracker = open_tracker(config, run, uri)
         try:
             seconds = run_training(trainer, run, tracker, identity)
-            if rank() == 0:
-                finish(trainer, run, tracker, seconds)
+            from_first_rank(lambda: finish(trainer, run, tracker, seconds))
         except BaseException as error:
             interrupted = isinstance(error, (KeyboardInterrupt, cli.Preempted))
             tracker.close("KILLED" if interrupted else "FAILED")
             raise
         tracker.close("FINISHED")
-    if rank() == 0 and not config.tracking.offline:
-        register_once(config, run, uri)
+    if not config.tracking.offline:
+        from_first_rank(lambda: register_once(config, run, uri))
     run.log(
         f"{run.path} holds the finished run; --restart would begin it again" if finished else f"written to {run.path}"
     )
@@ -93,8 +93,8 @@ def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Trac
     """All epochs, with the evaluations between them; returns the seconds spent training."""
     every, seconds = trainer.config.evaluate_every, 0.0
     for epoch, seconds in training_epochs(trainer, run, tracker, identity):  # noqa: B007
-        if every and epoch % every == 0 and epoch < trainer.config.total_epochs and rank() == 0:
-            log_evaluation(trainer, tracker, epoch)
+        if every and epoch % every == 0 and epoch < trainer.config.total_epochs:
+            from_first_rank(partial(log_evaluation, trainer, tracker, epoch))
     return seconds
 
 

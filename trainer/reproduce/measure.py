@@ -13,9 +13,10 @@ from data_pipeline.beton import Build, folder_name, read_build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.ffcv_writer import Encoding
-from data_pipeline.files import read_json, replacing, write_json
+from data_pipeline.files import read_json, replacing, sha256, write_json
 from data_pipeline.loader import Partitions
 from data_pipeline.protocols import Protocol
+from data_pipeline.run_folder import source_commit
 from data_pipeline.sources import SOURCE_KINDS
 from trainer import checkpoint
 from trainer.distributed import from_first_rank
@@ -23,8 +24,10 @@ from trainer.encoder import load_encoder
 from trainer.evaluation.evaluators import Evaluation, FeatureModel, Features, Subject
 from trainer.registry import OpenSetModel
 from trainer.reproduce.experiments import Measure
-from trainer.reproduce.plan import Cell, ReproduceConfig
+from trainer.reproduce.plan import ARRAYS, Cell, ReproduceConfig
 from trainer.train import train
+
+NO_COMMIT = "not in a checkout"
 
 
 class Data:
@@ -75,13 +78,19 @@ def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
     # Somebody who watches sees a progress bar; the epochs of all cells would bury the table in a file.
     shown = console if console.is_terminal else None
     from_first_rank(lambda: (cell.folder / "evaluation.json").unlink(missing_ok=True))
-    train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
+    try:
+        train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
+    except InputError as error:
+        raise InputError(f"{error} (what has no option here is set in trainer/recipes.py)") from error
     from_first_rank(lambda: measure(cell, partitions))
 
 
 def measure(cell: Cell, partitions: Partitions) -> None:
     run = cell.config.folder
-    model = OpenSetModel.load(run / "model", partitions.device)
+    try:
+        model = OpenSetModel.load(run / "model", partitions.device)
+    except InputError as error:
+        raise InputError(f"{run} says that it is finished, but {error}: remove it to have it trained anew") from error
 
     @cache
     def subject(logits: str, features: Features | None) -> Subject:
@@ -101,20 +110,22 @@ def measure(cell: Cell, partitions: Partitions) -> None:
         if wanted.course:
             evaluation = joined(evaluation, course_of(wanted, cell, model, partitions))
         found = joined(found, evaluation.prefixed(name))
-    with replacing(cell.folder / "arrays.npz") as partial, partial.open("wb") as file:
+    with replacing(cell.folder / ARRAYS) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **found.arrays)
     trained, asked = read_json(run / "metrics.json", "metrics"), read_json(run / "config.json", "configuration")
     versions = asked["versions"]
     record = {
         "request": cell.request,
         "trained_in": str(run),
+        "arrays": sha256(cell.folder / ARRAYS),
         "numbers": found.numbers,
         "intervals": {name: [interval.low, interval.high] for name, interval in found.intervals.items()},
         "epochs": trained["epochs"],
         "train_images": trained["train_images"],
         "test_images": tested,
         "train_seconds": trained["train_seconds"],
-        "commit": asked["commit"] or "not in a checkout",
+        "commit": asked["commit"] or NO_COMMIT,
+        "measured_by": source_commit() or NO_COMMIT,
         "hardware": asked["hardware"],
         "versions": f"Python {versions['python']}, torch {versions['torch']}",
     }
@@ -124,9 +135,13 @@ def measure(cell: Cell, partitions: Partitions) -> None:
 
 
 def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Partitions) -> Evaluation:
-    """What the evaluator finds at the checkpoints that were kept: arrays course/epoch (T,) and course/NUMBER (T,)."""
+    """What the evaluator finds at the end of each stretch: arrays course/epoch (T,) and course/NUMBER (T,). Requests to
+    stop may have left checkpoints between them."""
     rows: list[dict[str, float]] = []
+    every, last = cell.config.checkpoint_every, cell.config.total_epochs
     for epoch, weights in checkpoint.encoders(cell.config.folder).items():
+        if epoch % every and epoch != last:
+            continue
         load_encoder(model.encoder, weights)
         numbers = wanted.evaluator(Subject(FeatureModel.of(model, wanted.features), partitions)).numbers
         rows.append({"epoch": epoch, **numbers})
@@ -145,7 +160,7 @@ def joined(one: Evaluation, other: Evaluation) -> Evaluation:
 def evaluation_of(cell: Cell, measure_name: str) -> Evaluation:
     """What a finished cell's measure found."""
     prefix = f"{measure_name}/"
-    with np.load(cell.folder / "arrays.npz") as stored:
+    with np.load(cell.folder / ARRAYS) as stored:
         arrays = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
     numbers = cell.record()["numbers"]
     return Evaluation({n.removeprefix(prefix): v for n, v in numbers.items() if n.startswith(prefix)}, arrays=arrays)

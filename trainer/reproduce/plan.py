@@ -1,7 +1,7 @@
 """What `trainer.reproduce` is asked, and the cells of a table that it comes to: one for each model to measure.
 
-Tables overlap: SupCon + SimCLR on a split of CIFAR-10 stands in five of them. What is trained alike is trained once, in
-a run folder that is named after everything that decides it, whichever table comes first.
+Tables overlap: SupCon + SimCLR on a split of CIFAR-10 stands in five of them. What is trained alike on one protocol is
+trained once, in a run folder that is named after everything that decides it, whichever table comes first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data_pipeline.errors import InputError, unknown_name
-from data_pipeline.files import read_json
+from data_pipeline.files import read_json, sha256
 from data_pipeline.protocols import Protocol, split_count
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.reproduce.budget import BUDGETS
@@ -68,6 +67,8 @@ class ReproduceConfig:
             # A value given twice is one run, not two.
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for name in self.protocols:
+            if name == "custom":
+                raise InputError("custom is for images of your own: use trainer.train and trainer.evaluate for them")
             split_count(name)
         known = [variant.name for variant in experiment(self.experiment).variants]
         for name in self.variants:
@@ -123,40 +124,44 @@ class Cell:
     def request(self) -> dict[str, Any]:
         """What decides its numbers; a cell with other ones is computed again."""
         return {
-            "training": self.config.identity,
-            "deepspeed": _deepspeed_content(self.config),
+            "training": self.config.folder.name,
             "measures": {name: repr(measure) for name, measure in self.variant.measures.items()},
-            "split_hash": self.protocol.split_hash,
         }
 
     def record(self) -> dict[str, Any] | None:
         """Its numbers, if they were found earlier and all that they were found with is there, whole."""
-        arrays = self.folder / "arrays.npz"
         try:
             record = read_json(self.folder / "evaluation.json", "evaluation")
-        except InputError:
+            whole = (
+                isinstance(record, dict)
+                and record.keys() >= _RECORDED
+                and record["request"] == self.request
+                and record["arrays"] == sha256(self.folder / ARRAYS)
+            )
+        except (InputError, OSError):
             return None
-        whole = isinstance(record, dict) and record.keys() >= _RECORDED and zipfile.is_zipfile(arrays)
-        return record if whole and record["request"] == self.request else None
+        return record if whole else None
 
 
+ARRAYS = "arrays.npz"
+"""Beside `evaluation.json`: what a cell's pictures are drawn from."""
 _RECORDED = {
-    "request", "numbers", "intervals", "epochs", "train_images", "test_images", "train_seconds", "commit", "hardware",
-    "versions",
+    "request", "arrays", "numbers", "intervals", "epochs", "train_images", "test_images", "train_seconds", "commit",
+    "measured_by", "hardware", "versions",
 }  # fmt: skip
 """What a finished cell's `evaluation.json` says."""
 
 
 def training_name(config: TrainConfig, protocol: Protocol) -> str:
     """Of a run folder: the same for trainings that do and leave the same, and for no others."""
-    left = ("k", "ks", "accept", "checkpoint_every", "keep_checkpoints")
+    left = ("k", "ks", "accept", "score_on", "compile", "init_from", "checkpoint_every", "keep_checkpoints")
     decides = {
         **config.identity,
         **{name: getattr(config, name) for name in left},
         "deepspeed": _deepspeed_content(config),
         "split_hash": protocol.split_hash,
     }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     return f"{protocol.name}-{config.split}-seed{config.seed}-{digest[:12]}"
 
 
@@ -172,11 +177,16 @@ def plan(config: ReproduceConfig) -> list[Cell]:
     protocols = config.protocols or chosen.protocols
     cells = []
     for seed in config.seeds or chosen.seeds:
-        for split in config.splits or chosen.splits or range(max(map(split_count, protocols))):
+        for split in config.splits or range(max(map(split_count, protocols))):
             for name in protocols:
                 if split >= split_count(name) and not config.splits:
                     continue  # this protocol has fewer than another
                 full = Protocol(name, split)
+                if not full.unknown and any(variant.needs_unknown for variant in variants):
+                    raise InputError(
+                        f"{name} has no unknown class, and {config.experiment} measures how those are told: "
+                        f"name another protocol, such as {chosen.protocols[0]}"
+                    )
                 classes = dataclasses.replace(full.classes, train_images=budget.train_images(full))
                 for variant in variants:
                     trained = budget.applied(variant.config(name))
@@ -190,7 +200,6 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                         trained,
                         split=split,
                         seed=seed,
-                        restart=config.restart,
                         deepspeed_config=config.deepspeed_config,
                         workers=config.workers,
                         tracking=config.tracking,

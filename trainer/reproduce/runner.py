@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ from trainer.reproduce.experiments import EXPERIMENTS, experiment
 from trainer.reproduce.measure import Data, compute
 from trainer.reproduce.plan import Cell, ReproduceConfig, plan
 from trainer.reproduce.tables import WIDTH, duration, numbers_line, write_tables
+from trainer.roll_call import roll_call
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -70,20 +72,20 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
     if config.dry_run:
         return None
     run = opened(config, console)
+    if config.restart:
+        from_first_rank(lambda: discard(cells))
     data = Data(config, device, console)
-    failed, tracking, begun = [], config.tracking, set[Path]()
+    failed, tracking = [], config.tracking
     for number, cell in enumerate(todo, 1):
         tracking = from_first_rank(partial(answering, config, tracking, run))
-        # A run that several of the cells share is begun again once.
-        restart = config.restart and cell.config.folder not in begun
-        begun.add(cell.config.folder)
-        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking, restart=restart))
+        cell = dataclasses.replace(cell, config=dataclasses.replace(cell.config, tracking=tracking))
         run.log(f"[{number}/{len(todo)}] {cell.name}, {config.budget} budget")
         try:
             compute(cell, data.of(cell.protocol), console)
             numbers = from_first_rank(partial(numbers_line, config.experiment, cell))
         except cli.Preempted:
-            run.log(f"stopped by the system in {cell.name}: the same command goes on there")
+            same = "the same command" + (" without --restart" if config.restart else "")
+            run.log(f"stopped by the system in {cell.name}: {same} goes on there")
             raise
         except InputError as error:
             failed.append(f"{cell.name}: {error}")
@@ -121,6 +123,22 @@ def answering(config: ReproduceConfig, tracking: TrackingConfig, run: RunFolder 
     return tracking
 
 
+def discard(cells: Sequence[Cell]) -> None:
+    """Forget all that the cells hold before anything is computed, so that the same command without --restart goes on
+    where this one stops, and no row mixes new numbers with old ones. What another table measured of a run stands.
+
+    Raises:
+        InputError: another process is training one of the runs; nothing is discarded.
+    """
+    runs = {cell.config.folder for cell in cells}
+    held = [RunFolder(folder) for folder in sorted(runs) if folder.is_dir()]
+    for cell in cells:
+        (cell.folder / "evaluation.json").unlink(missing_ok=True)
+    for run in held:
+        shutil.rmtree(run.path)
+        run.close()
+
+
 def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -> None:
     """The table as an MLflow run, its numbers as metrics at the step of how many cells are finished, its files as
     artifacts. The same table goes to the same run again."""
@@ -135,7 +153,8 @@ def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -
         for title, value in zip(result.columns[2:], values):
             if isinstance(value, Number) and value.value is not None:
                 # MLflow takes no other characters.
-                numbers[re.sub(r"[^\w\-. /]", "-", f"{protocol}/{label}/{title}")] = value.value
+                name = f"{protocol}/{label}/{title.removesuffix(' (%)')}"
+                numbers[re.sub(r"[^\w\-. /]", "-", name)] = value.value
     if numbers:
         finished = int(result.facts["cells"].split()[0])
         tracker.log(numbers, step=finished)
@@ -240,4 +259,6 @@ def main() -> None:
         f"Experiments: {', '.join(EXPERIMENTS)}.",
     )
     width = None if sys.stdout.isatty() else WIDTH
-    reproduce(config, Console(soft_wrap=True, width=width, quiet=os.environ.get("RANK", "0") != "0"))
+    join_ranks()
+    with roll_call():
+        reproduce(config, Console(soft_wrap=True, width=width, quiet=os.environ.get("RANK", "0") != "0"))

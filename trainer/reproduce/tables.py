@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +51,12 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
     A number is the mean over splits and seeds, its spread their standard deviation.
     """
     chosen, figures = experiment(config.experiment), published(config.experiment)
-    theirs = [label for label in figures["rows"] if label not in {row.label for row in chosen.rows}]
     lines: list[tuple[Any, ...]] = []
     for protocol in dict.fromkeys(cell.protocol.name for cell in cells):
-        for label in theirs:
-            paper = figures["rows"][label].get(protocol)
-            if paper is not None:
+        ours = {row.label for row in chosen.rows if cells_of(row, protocol, cells)}
+        for label, by_protocol in figures["rows"].items():
+            paper = by_protocol.get(protocol)
+            if label not in ours and paper is not None:
                 found = [Number(value=None, published=paper.get(column.number)) for column in chosen.columns]
                 lines.append((label, protocol, *found, None, None, None, None))
         for row in chosen.rows:
@@ -67,10 +68,10 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
     marked = [line for line in lines if line[0] in figures["marks"] and has_published(line)]
     marks = {line[0]: figures["marks"][line[0]] for line in marked}
     done = [record for record in (cell.record() for cell in cells) if record]
-    tested: dict[str, dict[str, int]] = {}
+    tested: dict[str, dict[str, set[int]]] = {}
     for cell, record in ((cell, cell.record()) for cell in cells):
-        if record:
-            tested.setdefault(cell.protocol.name, {}).update(record["test_images"])
+        for measure, count in record["test_images"].items() if record else ():
+            tested.setdefault(cell.protocol.name, {}).setdefault(measure, set()).add(count)
     units = [f"{column.title} (%)" if column.percent else column.title for column in chosen.columns]
     return TableResult(
         title=chosen.title,
@@ -90,7 +91,8 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
             "command": config.command,
             "test images": "; ".join(f"{name} {counted(by)}" for name, by in tested.items()) or NONE,
             "cells": f"{len(done)} of {len(cells)} finished" + (f", {len(failed)} failed" if failed else ""),
-            **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("commit", "hardware", "versions")},
+            "commit": "; ".join(sorted(set(map(commits, done)))) or NONE,
+            **{name: "; ".join(sorted({r[name] for r in done})) or NONE for name in ("hardware", "versions")},
             **{f"failed {number}": text for number, text in enumerate(failed, 1)},
         },
     )
@@ -101,11 +103,18 @@ def has_published(line: Sequence[Any]) -> bool:
     return any(isinstance(cell, Number) and cell.published is not None for cell in line)
 
 
-def counted(images: Mapping[str, int]) -> str:
-    """How many test images each measure had; one number where all had as many."""
-    if len(set(images.values())) == 1:
-        return f"{next(iter(images.values())):,}"
-    return ", ".join(f"{count:,} ({measure})" for measure, count in images.items())
+def commits(record: Mapping[str, Any]) -> str:
+    """Which code trained the cell, and which measured it, where that is another."""
+    trained, measured = record["commit"], record["measured_by"]
+    return trained if measured == trained else f"{trained}, measured by {measured}"
+
+
+def counted(images: Mapping[str, Set[int]]) -> str:
+    """How many test images each measure had, of splits that differ all that there are; once where all had as many."""
+    texts = {measure: " or ".join(f"{count:,}" for count in sorted(counts)) for measure, counts in images.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({measure})" for measure, text in texts.items())
 
 
 def schedules(cells: Sequence[Cell]) -> list[str]:
@@ -263,18 +272,19 @@ def evaluator_figures(shown: Mapping[Row, Cell], others: set[str]) -> dict[str, 
 
 
 def course_figures(shown: Mapping[Row, Cell]) -> dict[str, Figure]:
-    courses: dict[str, dict[str, list[float]]] = {}
-    epochs: list[float] = []
+    """Each number over training, as a line for each row; where a row has no state, its line has a gap."""
+    courses: dict[str, dict[str, dict[float, float]]] = {}
     for row, cell in shown.items():
         arrays = evaluation_of(cell, row.measure).arrays
-        for name in arrays:
-            if name.startswith("course/") and name != "course/epoch":
-                epochs = arrays["course/epoch"].tolist()
-                courses.setdefault(name.removeprefix("course/"), {})[row.label] = (100 * arrays[name]).tolist()
+        for name in sorted(arrays.keys() - {"course/epoch"}):
+            if name.startswith("course/"):
+                course = dict(zip(arrays["course/epoch"].tolist(), (100 * arrays[name]).tolist()))
+                courses.setdefault(name.removeprefix("course/"), {})[row.label] = course
+    epochs = sorted({epoch for rows in courses.values() for course in rows.values() for epoch in course})
     return {
         f"course_{name}": plots.lines(
             epochs,
-            series,
+            {label: [course.get(epoch, math.nan) for epoch in epochs] for label, course in series.items()},
             title=f"{plain(name)} over training",
             x_label="epochs",
             y_label=f"{plain(name)} (percent)",
