@@ -391,7 +391,7 @@ def _figure5() -> Experiment:
                 name = f"{method}-{architecture}-{kind}"
                 config = partial(_self_supervised, method=method, architecture=architecture, kind=kind)
                 variants.append(Variant(name=name, config=config, measures=measures))
-                label = f"{_METHOD_NAMES[method]}, {architecture}, {kind.replace('none', 'no mixing')}"
+                label = ", ".join(_NAMES[part] for part in (method, architecture, kind))
                 rows.append(Row(label=label, variant=name, measure="probe"))
     return Experiment(
         title="Figure 5: linear probes of self-supervised features",
@@ -407,7 +407,10 @@ def _figure5() -> Experiment:
     )
 
 
-_METHOD_NAMES = {"simclr": "SimCLR", "moco": "MoCo"}
+_NAMES = {
+    "simclr": "SimCLR", "moco": "MoCo", "resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50",
+    "none": "no mixing", "cutmix": "CutMix", "gradmix": "GradMix",
+}  # fmt: skip
 
 
 def _self_supervised(protocol: str, *, method: str, architecture: Architecture, kind: str) -> TrainConfig:
