@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -186,6 +187,21 @@ def test_moco_resumes_its_queue_and_its_key_encoder_exactly(config):
     expected = outcome(straight.folder)
     assert "keys.safetensors/queue" in expected["tensors"]
     assert_equal(outcome(config.folder), expected)
+
+
+def test_a_run_says_by_which_commits_it_was_trained(config, monkeypatch):
+    def commit() -> str:
+        return json.loads((config.folder / "config.json").read_text())["commit"]
+
+    for epochs, name, said in ((1, "a", "a"), (2, "b", "a then b"), (9, "b", "a then b")):
+        monkeypatch.setattr(train_module, "source_commit", lambda name=name: name)
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(patch, epochs)
+            with contextlib.suppress(KeyboardInterrupt):
+                train(config, QUIET)
+        assert commit() == said
+    train(dataclasses.replace(config, restart=True), QUIET)
+    assert commit() == "b"
 
 
 def die_after(patch: pytest.MonkeyPatch, epochs: int) -> None:

@@ -179,14 +179,17 @@ def open_run(
 
 
 def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_hash: str) -> None:
-    """Note in the run folder what is being trained; with --restart after discarding what it held."""
+    """Note in the run folder what is being trained, and by which commits if not by one; with --restart after discarding
+    what it held."""
     if config.restart:
         checkpoint.discard(run.path)
         discard_journal(run.path)
         shutil.rmtree(run.path / "model", ignore_errors=True)
         run.clear()
+    earlier = (run.config() or {}).get("commit", "") if checkpoint.latest(run.path) else ""
+    commits = dict.fromkeys(filter(None, (*earlier.split(" then "), source_commit())))
     record = {"config": config.to_dict(), "identity": identity, "split_hash": split_hash}
-    run.write_config({**record, "commit": source_commit(), "versions": versions(), "hardware": hardware()})
+    run.write_config({**record, "commit": " then ".join(commits), "versions": versions(), "hardware": hardware()})
 
 
 def register_once(config: TrainConfig, run: RunFolder, uri: str) -> None:
