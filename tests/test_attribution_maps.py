@@ -85,6 +85,13 @@ def test_a_model_of_this_project():
     assert all(parameter.grad is None for parameter in subject.model.network.parameters())
 
 
+def test_one_image_has_nothing_to_be_contrasted_with():
+    data = colour_data()
+    data["test_known"] = type(data["test_known"])(*(column[:1] for column in data["test_known"]))
+    with pytest.raises(InputError, match="got 1: give 2 or more"):
+        Coverage()(Subject(colour_model(), data))
+
+
 def test_bad_configurations():
     for options in ({"lowest": 0.0}, {"highest": 1e-6}, {"thresholds": 1}, {"batch_size": 1}, {"max_images": 1}):
         with pytest.raises(InputError, match=r"attribution\."):

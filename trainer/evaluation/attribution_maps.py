@@ -103,7 +103,16 @@ class Coverage:
         )
 
     def maps(self, model: FeatureModel, images: Tensor, indices: Tensor) -> Tensor:
-        """Attribution maps (N, h, w) of uint8 images (N, H, W, C), on the CPU, 0 or more."""
+        """Attribution maps (N, h, w) of uint8 images (N, H, W, C), N ≥ 2, on the CPU, 0 or more.
+
+        Raises:
+            InputError: there are fewer images, or the model has no layer to look at.
+        """
+        if len(images) < 2:
+            # The loss of one image is 0 whatever the model does, and so is its map.
+            raise InputError(
+                f"attribution contrasts images with each other, but got {len(images)}: give 2 or more test_known ones"
+            )
         images = images.to(model.device)
         channels = images.shape[3]
         views = self.views or (ViewConfig() if channels == 3 else ViewConfig(saturation=0, hue=0, grayscale=0))
