@@ -72,9 +72,7 @@ class TestCommonCorruptions:
         wrong = colours[[1, 1, 2, 3]]
         np.save(tmp_path / "snow.npy", np.concatenate([colours, wrong, colours, colours, colours]))
         np.save(tmp_path / "labels.npy", np.tile([7, 4, 9, 4], 5).astype(np.uint8))
-        evaluator = CommonCorruptions(
-            corruptions=("snow",), severities=(1, 2), corrupted_root=tmp_path, max_images=10, bootstrap=FEW
-        )
+        evaluator = CommonCorruptions(corruptions=("snow",), severities=(1, 2), corrupted_root=tmp_path, bootstrap=FEW)
         result = evaluator(Subject(colour_model(), colour_data(), classes=(4, 9, 7), class_names=("r", "g", "b")))
         assert result.numbers["accuracy/snow/1"] == 1.0 and result.numbers["accuracy/snow/2"] == 0.75
         assert result.numbers["accuracy_drop"] == 0.125
@@ -85,6 +83,10 @@ class TestCommonCorruptions:
         grey = {"test_known": batch_of(np.zeros((6, 16, 16, 1), np.uint8), np.arange(6))}
         with pytest.raises(InputError, match="takes grey ones"):
             evaluator(Subject(FeatureModel.of(open_set_model()), grey, classes=(4, 9, 7)))
+
+    def test_some_clean_images_are_not_compared_with_all_official_ones(self, tmp_path):
+        with pytest.raises(InputError, match=r"max-images is 10, but of the official files .* all images are read"):
+            CommonCorruptions(corrupted_root=tmp_path, max_images=10)
 
     def test_bad_configurations(self):
         for options in (

@@ -40,8 +40,8 @@ class CommonCorruptions:
     """Folder of the official CIFAR-10-C or Tiny-ImageNet-C. Default: generate with the published constants; frost then
     is only like the official one."""
     max_images: int | None = None
-    """At most so many test images, chosen at random with seed 0; 1 or more. Default: all. Of official files, all are
-    read."""
+    """At most so many test images, chosen at random with seed 0; 1 or more. Default: all. Not with official files, of
+    which all are read."""
     seed: int = 0
     """Seed of what the corruptions draw."""
     bootstrap: tyro.conf.Suppress[BootstrapConfig] = field(default_factory=BootstrapConfig)
@@ -54,6 +54,13 @@ class CommonCorruptions:
                 constants(corruption, severity, 32)
         if self.max_images is not None and self.max_images < 1:
             raise InputError(f"corruptions.max-images is {self.max_images}; set it to 1 or more")
+        if self.max_images is not None and self.corrupted_root is not None:
+            # Their order is not that of the clean images, so nobody knows which of them are the chosen ones.
+            raise InputError(
+                f"corruptions.max-images is {self.max_images}, but of the official files in {self.corrupted_root} all "
+                "images are read: leave max-images out, so that the clean ones are all too, or leave out "
+                "--corrupted-root"
+            )
 
     def __call__(self, subject: Subject) -> Evaluation:
         batch = subject.some("test_known", self.max_images)
