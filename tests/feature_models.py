@@ -55,6 +55,11 @@ def colour_data(seed: int = 0, size: int = SIZE) -> dict[str, Batch]:
     }
 
 
+def without_images(data: dict[str, Batch], partition: str) -> dict[str, Batch]:
+    """The same data, in which the partition is there but empty."""
+    return data | {partition: Batch(*(column[:0] for column in data[partition]))}
+
+
 def open_set_model(k: int = 3, classifier: str | None = None) -> OpenSetModel:
     """Of digits, split 0, with random weights and a random gallery."""
     torch.manual_seed(0)

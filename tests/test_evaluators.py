@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from data_pipeline.errors import InputError
-from tests.feature_models import SIZE, MeanColour, colour_data, colour_model, open_set_model
+from tests.feature_models import SIZE, MeanColour, colour_data, colour_model, open_set_model, without_images
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.detectors import DetectorName
 from trainer.evaluation.evaluators import (
     TEMPERATURE,
     BootstrapConfig,
@@ -21,6 +25,8 @@ from trainer.evaluation.evaluators import (
     OutOfDistribution,
     Subject,
 )
+from trainer.evaluation.linear_probe import LinearProbe
+from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.metrics import detection_metrics, two_nn
 from trainer.open_set import class_scores
 
@@ -262,3 +268,35 @@ class TestEvaluators:
         ):
             with pytest.raises(InputError, match=message):
                 make()
+
+
+EVERY = {
+    "closed set": ClosedSet(bootstrap=FEW),
+    **{name: OpenSet(detector=name, bootstrap=FEW) for name in get_args(DetectorName)},
+    "detection": OutOfDistribution(bootstrap=FEW),
+    "detectors": Detectors(bootstrap=FEW),
+    "dimension": IntrinsicDimension(),
+    "coverage": Coverage(),
+    "probe": LinearProbe(epochs=1),
+    "corruptions": CommonCorruptions(corruptions=("fog",), severities=(1,), bootstrap=FEW),
+    "attacks": AdversarialAttacks(attacks=("fgsm",), epsilons=(1.0,)),
+}
+
+
+class TestOddInput:
+    """One clear line instead of a number that looks right, or of a library's own words."""
+
+    @pytest.mark.parametrize("name", EVERY)
+    def test_no_known_images(self, name):
+        with pytest.raises(InputError, match="test_known has no images"):
+            EVERY[name](Subject(colour_model(), without_images(colour_data(), "test_known")))
+
+    @pytest.mark.parametrize("name", ["max_logit", "detection", "detectors", "attacks"])
+    def test_no_unknown_images(self, name):
+        with pytest.raises(InputError, match="test_unknown has no images"):
+            EVERY[name](Subject(colour_model(), without_images(colour_data(), "test_unknown")))
+
+    @pytest.mark.parametrize("name", ["knn", "detectors", "probe"])
+    def test_no_training_images(self, name):
+        with pytest.raises(InputError, match="train has no images"):
+            EVERY[name](Subject(colour_model(), without_images(colour_data(), "train")))

@@ -187,9 +187,15 @@ class Subject:
         return partition in self.data
 
     def batch(self, partition: str) -> Batch:
+        """Of 1 image or more; raises `InputError` if the data has none."""
         if partition not in self.data:
             raise InputError(f"this data has no {partition} images: choose a protocol that has, or another task")
-        return self.data[partition]
+        batch = self.data[partition]
+        if len(batch.labels) == 0:
+            raise InputError(
+                f"{partition} has no images: put some into it, or leave it out and choose a task that does without"
+            )
+        return batch
 
     def some(self, partition: str, most: int | None) -> Batch:
         """At most so many of a partition's images, chosen at random with seed 0, in the partition's order."""
@@ -247,7 +253,7 @@ class Evaluator(Protocol):
     """Built from its configuration, which it is, and called with what it measures."""
 
     def __call__(self, subject: Subject) -> Evaluation:
-        """Raises `InputError` if the subject lacks what it takes: a partition, logits, a layer."""
+        """Raises `InputError` if the subject lacks what it takes: a partition with images, logits, a layer."""
         ...
 
 
