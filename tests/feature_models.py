@@ -34,6 +34,25 @@ def colour_model(with_logits: bool = True) -> FeatureModel:
     return FeatureModel(network, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, layer=network.identity, batch_size=7)
 
 
+class Diverged(MeanColour):
+    """`MeanColour` that answers NaN to images of which a channel has a mean of `above` or more."""
+
+    def __init__(self, above: float) -> None:
+        super().__init__()
+        self.above = above
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        views = self.identity(views)
+        spoilt = views.mean(dim=(2, 3)).amax(dim=1) >= self.above
+        return super().forward(views.masked_fill(spoilt.view(-1, 1, 1, 1), torch.nan))
+
+
+def diverged_model(above: float = 0.0) -> FeatureModel:
+    """Without a limit every answer is NaN; above 0.84 it is only that to red images of `colour_data`."""
+    network = Diverged(above)
+    return FeatureModel(network, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, layer=network.identity, batch_size=7)
+
+
 def batch_of(images: np.ndarray, labels: np.ndarray) -> Batch:
     return Batch(torch.from_numpy(images), torch.from_numpy(labels).long(), torch.arange(len(labels)))
 

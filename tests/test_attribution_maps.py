@@ -85,6 +85,13 @@ def test_a_model_of_this_project():
     assert all(parameter.grad is None for parameter in subject.model.network.parameters())
 
 
+def test_maps_that_are_not_finite():
+    maps = torch.rand(5, 2, 2)
+    maps[1, 0, 1], maps[3, 1, 0] = torch.nan, torch.inf
+    with pytest.raises(InputError, match="2 of 5 images have attribution maps that are not finite"):
+        activated_share(maps, [0.5])
+
+
 def test_one_image_has_nothing_to_be_contrasted_with():
     data = colour_data()
     data["test_known"] = type(data["test_known"])(*(column[:1] for column in data["test_known"]))

@@ -10,7 +10,15 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from data_pipeline.errors import InputError
-from tests.feature_models import SIZE, MeanColour, colour_data, colour_model, open_set_model, without_images
+from tests.feature_models import (
+    SIZE,
+    MeanColour,
+    colour_data,
+    colour_model,
+    diverged_model,
+    open_set_model,
+    without_images,
+)
 from trainer.evaluation.attribution_maps import Coverage
 from trainer.evaluation.detectors import DetectorName
 from trainer.evaluation.evaluators import (
@@ -285,6 +293,29 @@ EVERY = {
 
 class TestOddInput:
     """One clear line instead of a number that looks right, or of a library's own words."""
+
+    @pytest.mark.parametrize("name", EVERY)
+    def test_a_model_whose_answers_are_not_finite(self, name):
+        message = r"(60 of 60 train|31 of 31 test_known|31 of 31) images have .* not finite: .* mean and std"
+        with pytest.raises(InputError, match=message):
+            EVERY[name](Subject(diverged_model(), colour_data()))
+
+    def test_how_many_answers_are_not_finite(self):
+        subject = Subject(diverged_model(above=0.845), colour_data())
+        for _ in range(2):
+            with pytest.raises(InputError, match="11 of 31 test_known images have features that are not finite"):
+                subject.outputs("test_known")
+        assert len(subject.outputs("test_unknown").features) == 40
+
+    def test_logits_alone_that_are_not_finite(self):
+        class Endless(MeanColour):
+            def forward(self, views):
+                features, logits = super().forward(views)
+                return features, logits / 0
+
+        model = FeatureModel(Endless(), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        with pytest.raises(InputError, match="31 of 31 test_known images have logits that are not finite"):
+            ClosedSet(bootstrap=FEW)(Subject(model, colour_data()))
 
     @pytest.mark.parametrize("name", EVERY)
     def test_no_known_images(self, name):

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data_pipeline.errors import InputError
-from tests.feature_models import COLOURS, batch_of, colour_data, colour_model, open_set_model
+from tests.feature_models import COLOURS, batch_of, colour_data, colour_model, diverged_model, open_set_model
 from trainer.evaluation.evaluators import BootstrapConfig, FeatureModel, Subject
 from trainer.evaluation.robustness import (
     AdversarialAttacks,
@@ -87,6 +87,12 @@ class TestCommonCorruptions:
     def test_some_clean_images_are_not_compared_with_all_official_ones(self, tmp_path):
         with pytest.raises(InputError, match=r"max-images is 10, but of the official files .* all images are read"):
             CommonCorruptions(corrupted_root=tmp_path, max_images=10)
+
+    def test_answers_to_corrupted_images_that_are_not_finite(self):
+        evaluator = CommonCorruptions(corruptions=("brightness",), severities=(1, 5), bootstrap=FEW)
+        message = r"31 of 31 test_known images under brightness of severity 5 have logits that are not finite"
+        with pytest.raises(InputError, match=message):
+            evaluator(Subject(diverged_model(above=0.97), colour_data()))
 
     def test_bad_configurations(self):
         for options in (
@@ -176,6 +182,11 @@ class TestAdversarialAttacks:
         result = AdversarialAttacks(attacks=("fgsm",), epsilons=(2.0,))(Subject(colour_model(), data))
         assert result.numbers.keys() == {"clean/closed_set_accuracy", "fgsm/2/closed_set_accuracy"}
         assert result.arrays.keys() == {"epsilons", "accuracy/fgsm"} and result.tested == 31
+
+    def test_answers_to_attacked_images_that_are_not_finite(self):
+        evaluator = AdversarialAttacks(attacks=("fgsm",), epsilons=(200.0,))
+        with pytest.raises(InputError, match="test_known images attacked by fgsm/200 have logits that are not finite"):
+            evaluator(Subject(diverged_model(above=0.92), colour_data()))
 
     def test_without_logits(self):
         with pytest.raises(InputError, match="no logits"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig, draw_parameters, render_view
+from trainer.evaluation.checks import check_finite
 from trainer.evaluation.evaluators import TEMPERATURE, Evaluation, FeatureModel, Subject
 from trainer.gradmix import activation_map
 from trainer.losses import simclr_loss
@@ -27,7 +28,11 @@ def activated_share(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     Args:
         maps: (N, h, w).
         thresholds: τ, T of them.
+
+    Raises:
+        InputError: a map is not finite; NaN is above no threshold, as if the model looked nowhere.
     """
+    check_finite(maps, "attribution maps", "images")
     limits = torch.as_tensor(thresholds, dtype=maps.dtype, device=maps.device)
     return (maps.flatten(1).unsqueeze(1) > limits.view(1, -1, 1)).float().mean(dim=2)
 

@@ -29,6 +29,7 @@ from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
 from trainer.config import Features
 from trainer.encoder import Encoded
+from trainer.evaluation.checks import check_finite
 from trainer.evaluation.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.metrics import (
     Interval,
@@ -210,12 +211,17 @@ class Subject:
         return self.batch(partition).labels.cpu().numpy()
 
     def outputs(self, partition: str) -> Outputs:
+        """What the model makes of a partition; raises `InputError` if it is not finite."""
         if partition not in self._outputs:
-            self._outputs[partition] = self.model(self.batch(partition).images)
+            outputs = self.model(self.batch(partition).images)
+            for what, made in outputs._asdict().items():
+                if made is not None:
+                    check_finite(made, what, f"{partition} images")
+            self._outputs[partition] = outputs
         return self._outputs[partition]
 
     def logits(self, partition: str) -> Tensor:
-        """(M, C) float32; raises `InputError` if the model has none."""
+        """(M, C) float32; raises `InputError` if the model has none, or not finite ones."""
         return self.outputs(partition).need_logits()
 
     def correct(self) -> np.ndarray:
@@ -253,7 +259,8 @@ class Evaluator(Protocol):
     """Built from its configuration, which it is, and called with what it measures."""
 
     def __call__(self, subject: Subject) -> Evaluation:
-        """Raises `InputError` if the subject lacks what it takes: a partition with images, logits, a layer."""
+        """Raises `InputError` if the subject lacks what it takes: a partition with images, logits, a layer, finite
+        outputs."""
         ...
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, Corruption, constants, corrupt, read_corrupted
 from data_pipeline.errors import InputError
+from trainer.evaluation.checks import check_finite
 from trainer.evaluation.evaluators import BootstrapConfig, Evaluation, FeatureModel, Subject
 from trainer.metrics import auroc
 
@@ -66,10 +67,11 @@ class CommonCorruptions:
         batch = subject.some("test_known", self.max_images)
         images, labels = batch.images.cpu().numpy(), batch.labels.cpu().numpy()
         indices = batch.indices.cpu().numpy()
-        clean = _correct(subject.model, images, labels)
+        clean = _correct(subject.model, images, labels, "test_known images")
         cases = [(corruption, severity) for corruption in self.corruptions for severity in self.severities]
         correct, examples = [], []
         for corruption, severity in subject.track(cases, "corruptions", len(cases)):
+            what = f"test_known images under {corruption} of severity {severity}"
             if self.corrupted_root is not None:
                 changed, truth = read_corrupted(
                     self.corrupted_root, corruption, severity, subject.classes, subject.class_names
@@ -79,14 +81,14 @@ class CommonCorruptions:
                         f"{self.corrupted_root} holds colour images, the model takes grey ones: leave --corrupted-root "
                         "out to generate the corruptions"
                     )
-                correct.append(_correct(subject.model, changed, truth))
+                correct.append(_correct(subject.model, changed, truth, what))
                 examples.append(changed[0])
                 continue
             rows = []
             for start in range(0, len(images), _BATCH):
                 part = slice(start, start + _BATCH)
                 changed = corrupt(images[part], corruption, severity, indices=indices[part], seed=self.seed)
-                rows.append(_correct(subject.model, changed, labels[part]))
+                rows.append(_correct(subject.model, changed, labels[part], what))
                 if start == 0:
                     examples.append(changed[0])
             correct.append(np.concatenate(rows))
@@ -126,9 +128,10 @@ class CommonCorruptions:
         return Evaluation(numbers, intervals, arrays, tested=len(share))
 
 
-def _correct(model: FeatureModel, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the largest logit is the label's: (n,) float64, 0 or 1."""
+def _correct(model: FeatureModel, images: np.ndarray, labels: np.ndarray, what: str) -> np.ndarray:
+    """Whether the largest logit is the label's: (n,) float64, 0 or 1. `what` is what an error calls the images."""
     logits = model(torch.from_numpy(np.ascontiguousarray(images))).need_logits()
+    check_finite(logits, "logits", what)
     return (logits.argmax(dim=1).numpy() == labels).astype(np.float64)
 
 
@@ -174,14 +177,14 @@ class AdversarialAttacks:
         model, options = subject.model, {"steps": self.steps, "seed": self.seed}
         known = subject.some("test_known", self.max_images)
         pixels, labels = model.pixels(known.images).cpu(), known.labels.cpu()
-        logits = _logits(model, pixels)
+        logits = _logits(model, pixels, "test_known images")
         shape, classes = tuple(pixels.shape[1:]), logits.shape[1]
         by_class = _classifier(model, nn.CrossEntropyLoss(), shape, classes)
         by_score = _classifier(model, _LogitOf(), shape, classes)
         unknown = None
         if "test_unknown" in subject:
             unknown = model.pixels(subject.some("test_unknown", self.max_images).images).cpu()
-            unknown_logits = _logits(model, unknown)
+            unknown_logits = _logits(model, unknown, "test_unknown images")
 
         def accuracy(known_logits: Tensor) -> float:
             return float((known_logits.argmax(dim=1) == labels).double().mean())
@@ -195,14 +198,15 @@ class AdversarialAttacks:
         cases = [(attack, epsilon) for attack in self.attacks for epsilon in self.epsilons]
         for attack, epsilon in subject.track(cases, "attacks", len(cases)):
             prefix = f"{attack}/{epsilon:g}"
+            attacked = f"images attacked by {prefix}"
             confused = _attack(by_class, attack, epsilon, pixels, labels, raise_loss=True, **options)
-            numbers[f"{prefix}/closed_set_accuracy"] = accuracy(_logits(model, confused))
+            numbers[f"{prefix}/closed_set_accuracy"] = accuracy(_logits(model, confused, f"test_known {attacked}"))
             if unknown is not None:
                 nearest = [each.argmax(dim=1) for each in (logits, unknown_logits)]
                 lowered = _attack(by_score, attack, epsilon, pixels, nearest[0], raise_loss=False, **options)
                 raised = _attack(by_score, attack, epsilon, unknown, nearest[1], raise_loss=True, **options)
-                disguised = _logits(model, raised)
-                numbers[f"{prefix}/auroc"] = separation(_logits(model, lowered), disguised)
+                disguised = _logits(model, raised, f"test_unknown {attacked}")
+                numbers[f"{prefix}/auroc"] = separation(_logits(model, lowered, f"test_known {attacked}"), disguised)
                 numbers[f"{prefix}/auroc_unknown_attacked"] = separation(logits, disguised)
         arrays = {"epsilons": np.array([0.0, *self.epsilons])}
         metrics = {"accuracy": "closed_set_accuracy"} | ({} if unknown is None else {"auroc": "auroc"})
@@ -289,9 +293,12 @@ def _classifier(model: FeatureModel, loss: nn.Module, shape: tuple[int, ...], cl
 
 
 @torch.no_grad()
-def _logits(model: FeatureModel, pixels: Tensor) -> Tensor:
+def _logits(model: FeatureModel, pixels: Tensor, what: str) -> Tensor:
+    """(N, C), finite, on the CPU. `what` is what an error calls the images."""
     parts = [model.outputs(part.to(model.device)).need_logits().cpu() for part in pixels.split(model.batch_size)]
-    return torch.cat(parts)
+    logits = torch.cat(parts)
+    check_finite(logits, "logits", what)
+    return logits
 
 
 @contextmanager

@@ -1,0 +1,19 @@
+"""What the evaluators refuse, because the number they would make of it looked right: one line that says whose it is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from data_pipeline.errors import InputError
+
+
+def check_finite(made: Tensor, what: str, images: str) -> None:
+    """Raises `InputError` unless `what` a model made of M images, (M, ...), is finite throughout."""
+    finite = made.isfinite()
+    if finite.all():
+        return
+    spoilt = int((~finite).flatten(1).any(dim=1).sum())
+    raise InputError(
+        f"{spoilt} of {len(made)} {images} have {what} that are not finite: look at the model's mean and std, or "
+        "measure another model, since the training of this one may have diverged"
+    )
