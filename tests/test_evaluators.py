@@ -262,6 +262,14 @@ class TestEvaluators:
         with pytest.raises(InputError, match="31 test_known images have no intrinsic dimension"):
             IntrinsicDimension()(Subject(colour_model(), data))
 
+    def test_detection_asks_for_no_classes(self, subject):
+        """Whether an image is known is neither a matter of its label nor, by its features, of logits."""
+        data = colour_data()
+        data["test_known"] = data["test_known"]._replace(labels=torch.full((31,), -1))
+        assert OutOfDistribution(bootstrap=FEW)(Subject(colour_model(), data)).numbers["auroc"] == 1.0
+        detector = OutOfDistribution(detector="knn", bootstrap=FEW)
+        assert detector(Subject(colour_model(with_logits=False), data)).numbers == detector(subject).numbers
+
     def test_prefixed(self, subject):
         result = OpenSet(bootstrap=FEW)(subject).prefixed("a")
         assert set(result.numbers) == set(result.intervals) == {"a/auroc", "a/oscr", "a/closed_set_accuracy"}
@@ -289,6 +297,13 @@ EVERY = {
     "corruptions": CommonCorruptions(corruptions=("fog",), severities=(1,), bootstrap=FEW),
     "attacks": AdversarialAttacks(attacks=("fgsm",), epsilons=(1.0,)),
 }
+
+
+def relabelled(partition, places, label):
+    data = colour_data()
+    labels = data[partition].labels.clone()
+    labels[places] = label
+    return data | {partition: data[partition]._replace(labels=labels)}
 
 
 class TestOddInput:
@@ -331,3 +346,22 @@ class TestOddInput:
     def test_no_training_images(self, name):
         with pytest.raises(InputError, match="train has no images"):
             EVERY[name](Subject(colour_model(), without_images(colour_data(), "train")))
+
+    @pytest.mark.parametrize("label", [3, -1])
+    @pytest.mark.parametrize("name", ["closed set", "max_logit", "probe", "corruptions", "attacks"])
+    def test_a_label_of_no_class(self, name, label):
+        data = relabelled("test_known", [3, 7], label)
+        with pytest.raises(InputError, match="2 of 31 test_known images have labels outside of 0 to 2"):
+            EVERY[name](Subject(colour_model(), data))
+
+    @pytest.mark.parametrize("label", [3, -1])
+    def test_a_training_label_of_no_class(self, label):
+        data = relabelled("train", [0], label)
+        with pytest.raises(InputError, match="1 of 60 train images have labels outside of 0 to 2"):
+            EVERY["openmax"](Subject(colour_model(), data))
+
+    def test_a_network_with_classes_of_its_own_can_be_probed(self):
+        data = colour_data()
+        for name in ("train", "test_known"):
+            data[name] = data[name]._replace(labels=2 * data[name].labels)
+        assert EVERY["probe"](Subject(colour_model(), data)).tested == 31

@@ -94,6 +94,19 @@ def test_a_feature_that_never_changes_does_no_harm():
     assert LinearProbe(epochs=5, batch_size=8)(subject).numbers["top1_accuracy"] == 1.0
 
 
+@pytest.mark.parametrize(("train_label", "test_label", "message"), [
+    (1, 2, r"1 of 20 test_known images have labels outside of 0 to 1.*training images"),
+    (1, -1, r"1 of 20 test_known images have labels outside of 0 to 1.*training images"),
+    (-1, 1, r"1 of 40 train images have labels outside of 0 to 1.*training images"),
+    (-100, 1, r"1 of 40 train images have labels outside of 0 to 1.*training images"),
+])  # fmt: skip
+def test_labels_of_no_class(train_label, test_label, message):
+    features, train, test = np.random.default_rng(5).normal(size=(60, 4)), np.arange(40) % 2, np.arange(20) % 2
+    train[5], test[9] = train_label, test_label
+    with pytest.raises(InputError, match=message):
+        LinearProbe(epochs=1)(subject_of(features[:40], train, features[40:], test))
+
+
 def test_bad_configurations():
     for options in (
         {"epochs": 0},

@@ -94,6 +94,13 @@ class TestCommonCorruptions:
         with pytest.raises(InputError, match=message):
             evaluator(Subject(diverged_model(above=0.97), colour_data()))
 
+    def test_official_labels_that_the_model_does_not_know(self, tmp_path):
+        np.save(tmp_path / "snow.npy", np.zeros((20, 32, 32, 3), np.uint8))
+        np.save(tmp_path / "labels.npy", np.tile([7, 4, 9, 5], 5).astype(np.uint8))
+        evaluator = CommonCorruptions(corruptions=("snow",), severities=(1,), corrupted_root=tmp_path, bootstrap=FEW)
+        with pytest.raises(InputError, match=r"1 of 4 test_known images under snow .* labels outside of 0 to 2"):
+            evaluator(Subject(colour_model(), colour_data(), classes=(4, 9, 7, 5)))
+
     def test_bad_configurations(self):
         for options in (
             {"corruptions": ()}, {"severities": (0,)}, {"corruptions": ("rain",)}, {"max_images": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from data_pipeline.errors import InputError
@@ -17,3 +18,14 @@ def check_finite(made: Tensor, what: str, images: str) -> None:
         f"{spoilt} of {len(made)} {images} have {what} that are not finite: look at the model's mean and std, or "
         "measure another model, since the training of this one may have diverged"
     )
+
+
+def check_labels(labels: np.ndarray | Tensor, classes: int, images: str, whose: str) -> None:
+    """Raises `InputError` unless the labels (M,) of images, on the CPU, are places 0 to `classes` - 1."""
+    values = np.asarray(labels)
+    wrong = int(((values < 0) | (values >= classes)).sum())
+    if wrong:
+        raise InputError(
+            f"{wrong} of {len(values)} {images} have labels outside of 0 to {classes - 1}, the classes of {whose}: "
+            "number the known classes from 0, alike in train and test_known, and keep images of others in test_unknown"
+        )

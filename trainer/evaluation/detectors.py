@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError, unknown_name
+from trainer.evaluation.checks import check_labels
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -68,7 +69,7 @@ def fit_detector(name: DetectorName, train: tuple[Outputs, np.ndarray] | None) -
 
     Raises:
         InputError: the name is unknown, a detector that needs training images got none, one that needs logits meets
-            outputs without, or, from the function, a score is not finite.
+            outputs without, openmax a label that is none of the logits', or, from the function, a score is not finite.
     """
     if name not in get_args(DetectorName):
         raise unknown_name("detector", name, get_args(DetectorName))
@@ -96,6 +97,7 @@ def _outlier_scores(name: DetectorName, train: tuple[Outputs, np.ndarray] | None
     outputs, labels = train[0], torch.from_numpy(np.asarray(train[1], dtype=np.int64))
     if name == "openmax":
         logits = outputs.need_logits()
+        check_labels(labels, logits.shape[1], "train images", "the model")
         tail = min(25, int(torch.bincount(labels).min()))
         chosen = _fitted_by_openmax(logits, labels, tail)
         fitted = library.OpenMax(None, tailsize=tail).fit_logits(logits[chosen], labels[chosen])

@@ -29,7 +29,7 @@ from data_pipeline.protocols import ClassId
 from data_pipeline.views import render_plain
 from trainer.config import Features
 from trainer.encoder import Encoded
-from trainer.evaluation.checks import check_finite
+from trainer.evaluation.checks import check_finite, check_labels
 from trainer.evaluation.detectors import WITHOUT_FITTING, DetectorName, Outputs, fit_detector
 from trainer.metrics import (
     Interval,
@@ -225,8 +225,8 @@ class Subject:
         return self.outputs(partition).need_logits()
 
     def correct(self) -> np.ndarray:
-        """(M,) bool: whether the largest logit of a known test image is its class's."""
-        return self.logits("test_known").argmax(dim=1).numpy() == self.labels("test_known")
+        """(M,) bool: whether the largest logit of a known test image is its class's, see `classified_right`."""
+        return classified_right(self.logits("test_known"), self.labels("test_known"), "test_known images")
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,18 @@ class Evaluator(Protocol):
 
     def __call__(self, subject: Subject) -> Evaluation:
         """Raises `InputError` if the subject lacks what it takes: a partition with images, logits, a layer, finite
-        outputs."""
+        outputs, labels within the classes that they are compared with."""
         ...
+
+
+def classified_right(logits: Tensor, labels: np.ndarray, images: str) -> np.ndarray:
+    """(M,) bool: whether the largest of an image's finite logits (M, C), on the CPU, is its label's.
+
+    Raises:
+        InputError: a label is none of the C classes'. Such images, called `images` then, would count as wrong.
+    """
+    check_labels(labels, logits.shape[1], images, "the model")
+    return logits.argmax(dim=1).numpy() == labels
 
 
 def gallery_logits(features: Tensor, gallery: Sequence[Tensor], k: int) -> Tensor:
@@ -380,7 +390,8 @@ class OpenSet:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
     def __call__(self, subject: Subject) -> Evaluation:
-        known, unknown, correct = _scores_of(subject, self.detector)
+        correct = subject.correct()
+        known, unknown = _scores_of(subject, self.detector)
         numbers = {
             "auroc": auroc(known, unknown),
             "oscr": oscr(known, correct, unknown),
@@ -411,7 +422,7 @@ class OutOfDistribution:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
     def __call__(self, subject: Subject) -> Evaluation:
-        known, unknown, _ = _scores_of(subject, self.detector)
+        known, unknown = _scores_of(subject, self.detector)
         both = (len(known), len(unknown))
         intervals = self.bootstrap.intervals({"auroc": (lambda i, j: auroc(known[i], unknown[j]), both)})
         arrays = {"known_scores": known, "unknown_scores": unknown}
@@ -482,9 +493,9 @@ class IntrinsicDimension:
         )
 
 
-def _scores_of(subject: Subject, name: DetectorName) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores of the known (n,) and the unknown (m,) test images, and whether the known ones are classified right."""
+def _scores_of(subject: Subject, name: DetectorName) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the known (n,) and the unknown (m,) test images."""
     train = None if name in WITHOUT_FITTING else (subject.outputs("train"), subject.labels("train"))
     score = fit_detector(name, train)
     known, unknown = (score(subject.outputs(partition)) for partition in ("test_known", "test_unknown"))
-    return known, unknown, subject.correct()
+    return known, unknown

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import InputError
+from trainer.evaluation.checks import check_labels
 from trainer.evaluation.evaluators import Evaluation, Subject
 from trainer.metrics import top_k_accuracy
 
@@ -49,6 +50,10 @@ class LinearProbe:
     def __call__(self, subject: Subject) -> Evaluation:
         train, test = (subject.outputs(name).features for name in ("train", "test_known"))
         labels, truth = subject.batch("train").labels.cpu(), subject.labels("test_known")
+        # The probe's classes are those of its training images, whichever logits the model may have.
+        classes = int(labels.max()) + 1
+        for each, images in ((labels, "train images"), (truth, "test_known images")):
+            check_labels(each, classes, images, "the training images")
         device = subject.model.device
         mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
         train, test = (((features - mean) / deviation).to(device) for features in (train, test))

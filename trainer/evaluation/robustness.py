@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.corruptions import CORRUPTIONS, SEVERITIES, Corruption, constants, corrupt, read_corrupted
 from data_pipeline.errors import InputError
 from trainer.evaluation.checks import check_finite
-from trainer.evaluation.evaluators import BootstrapConfig, Evaluation, FeatureModel, Subject
+from trainer.evaluation.evaluators import BootstrapConfig, Evaluation, FeatureModel, Subject, classified_right
 from trainer.metrics import auroc
 
 _BATCH = 256
@@ -132,7 +132,7 @@ def _correct(model: FeatureModel, images: np.ndarray, labels: np.ndarray, what: 
     """Whether the largest logit is the label's: (n,) float64, 0 or 1. `what` is what an error calls the images."""
     logits = model(torch.from_numpy(np.ascontiguousarray(images))).need_logits()
     check_finite(logits, "logits", what)
-    return (logits.argmax(dim=1).numpy() == labels).astype(np.float64)
+    return classified_right(logits, labels, what).astype(np.float64)
 
 
 Attack = Literal["fgsm", "pgd"]
@@ -187,7 +187,7 @@ class AdversarialAttacks:
             unknown_logits = _logits(model, unknown, "test_unknown images")
 
         def accuracy(known_logits: Tensor) -> float:
-            return float((known_logits.argmax(dim=1) == labels).double().mean())
+            return float(classified_right(known_logits, labels.numpy(), "test_known images").mean())
 
         def separation(known_logits: Tensor, unknown_logits: Tensor) -> float:
             return auroc(known_logits.amax(dim=1), unknown_logits.amax(dim=1))
