@@ -173,7 +173,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     reproduce(only, output())
     damaged.unlink()
     (runs["gradmix-digits-0-seed0"] / "model" / "model.json").unlink()
-    with pytest.raises(InputError, match=r"says that it is finished, but .*: remove it to have it trained anew"):
+    with pytest.raises(InputError, match=r"is finished, but has lost its model: remove it to have it trained anew"):
         reproduce(only, output())
 
 

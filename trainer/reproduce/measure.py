@@ -90,7 +90,9 @@ def measure(cell: Cell, partitions: Partitions) -> None:
     try:
         model = OpenSetModel.load(run / "model", partitions.device)
     except InputError as error:
-        raise InputError(f"{run} says that it is finished, but {error}: remove it to have it trained anew") from error
+        raise InputError(
+            f"{run} is finished, but has lost its model: remove it to have it trained anew ({error})"
+        ) from error
 
     @cache
     def subject(logits: str, features: Features | None) -> Subject:
