@@ -140,6 +140,10 @@ def test_the_alias_goes_only_to_one_that_is_not_worse(registry, digits, capsys):
     assert not promote(CHAMPION, f"models:/{NAME}@challenger", **options) and champion(registry) == "1"
     assert "version 1 stays @champion: version 3 may be worse by" in capsys.readouterr().out
     assert "accuracy -" in MlflowClient(registry).get_model_version(NAME, "3").tags["champion.refused"]
+    # One that is the same in everything is not surely better, but surely not worse by any margin.
+    assert not promote(CHAMPION, f"models:/{NAME}/2", **options) and champion(registry) == "1"
+    assert "may be worse by 0.0000 in accuracy, and has to be surely better" in capsys.readouterr().out
+    options["margin"] = 1e-6
     assert promote(CHAMPION, f"models:/{NAME}/2", **options) and champion(registry) == "2"
     # A margin that wide lets anything through.
     assert promote(CHAMPION, f"models:/{NAME}/3", **{**options, "margin": 0.99}) and champion(registry) == "3"

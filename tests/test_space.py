@@ -22,7 +22,7 @@ def drawn(space: SearchSpace, count: int) -> list[dict]:
 
 
 def test_every_draw_of_the_default_space_is_a_configuration_in_order():
-    space = SearchSpace.read(DEFAULT_SPACE)
+    space = SearchSpace.read(DEFAULT_SPACE, TrainConfig())
     zeros = []
     for values in drawn(space, 300):
         config = space.apply(recipe("digits"), values)
@@ -41,7 +41,7 @@ def test_the_entries_that_the_file_offers_work(tmp_path):
     text = DEFAULT_SPACE.read_text()
     path = tmp_path / "space.yaml"
     path.write_text(re.sub(r"^# (?=[a-z]+\.[a-z_]+: \{)", "", text, flags=re.MULTILINE))
-    space = SearchSpace.read(path)
+    space = SearchSpace.read(path, TrainConfig())
     assert len(space.distributions) == 11
     for values in drawn(space, 50):
         config = space.apply(TrainConfig(), values)
@@ -77,7 +77,7 @@ def test_what_is_written_wrongly_is_named(text, message, tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        SearchSpace.read(path)
+        SearchSpace.read(path, TrainConfig())
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not a readable search space"):
-        SearchSpace.read(path)
+        SearchSpace.read(path, TrainConfig())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,12 +23,18 @@ from data_pipeline.beton import Build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
+from data_pipeline.run_folder import RunFolder
 from data_pipeline.sources import Source
 from trainer.config import EncoderConfig, OptimizerConfig
 from trainer.recipes import recipe
+from trainer.tracking import NullTracker
+from tuning.config import SweepConfig, parse_config
 from tuning.nodes import check_shared, preflight
-from tuning.sweep import SweepConfig, sweep
+from tuning.report import Trial
+from tuning.space import SearchSpace
+from tuning.sweep import conclude, sweep
 from tuning.trial import pseudo_name, pseudo_split, trial_scores
+from tuning.winner import train_winner
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).parents[1]
@@ -146,6 +153,8 @@ def test_a_sweep_is_one_run_with_its_trials_nested_and_the_winner_measured_once(
 
     # The winner, on all known classes: the first model is the champion.
     assert result["final"]["alias"] == "champion"
+    kept = json.loads(Path(client.download_artifacts(parent, "result.json", str(tmp_path))).read_text())
+    assert kept["final"] == result["final"]
     version = client.get_model_version_by_alias("gradmix-digits", "champion").version
     assert client.get_model_version_by_alias("gradmix-digits", "challenger").version == version
 
@@ -182,12 +191,58 @@ def test_a_trial_that_fails_is_tried_again_and_reported(config, tmp_path):
     space = tmp_path / "space.yaml"
     space.write_text("optimizer.learning_rate: {choices: [1.0e+30]}\n")
     offline = dataclasses.replace(config.base.tracking, offline=True)
-    config = dataclasses.replace(
-        config, space=space, num_samples=1, base=dataclasses.replace(config.base, tracking=offline)
-    )
-    with pytest.raises(InputError, match=r"no trial of 1 came to a score; the first said: .*not finite"):
+    base = dataclasses.replace(config.base, tracking=offline)
+    config = dataclasses.replace(config, space=space, num_samples=1, base=base, report_every=5)  # than there are epochs
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"no trial of 1 came to a score; the first said: .*not finite"):
+            sweep(dataclasses.replace(config, resume=resume), QUIET)
+    assert (config.path / "log.txt").read_text().count("failed") == 2
+
+
+def test_a_trial_that_failed_does_not_win(config, tmp_path):
+    space, tracker = SearchSpace.read(config.space, config.trial_config), NullTracker()
+
+    def trial(name: str, score: float | None, error: str | None = None) -> Trial:
+        metrics = {"auroc": score, "accuracy": 0.5, "k": 1, "epoch": 1}
+        return Trial(
+            name=name, values={name: 0.5 for name in space.distributions}, score=score, metrics=metrics, error=error
+        )
+
+    run = RunFolder(tmp_path / "folder")
+    trials = [trial("a", 0.7), trial("b", 0.9, "the loss is not finite"), trial("c", 0.6)]
+    assert conclude(config, space, trials, run, tracker)["best"]["trial"] == "a"
+    with pytest.raises(InputError, match="no trial of 1 came to a score; the first said: the loss is not finite"):
+        conclude(config, space, trials[1:2], run, tracker)
+    with pytest.raises(InputError, match="they were stopped before their first one: raise --time-budget"):
+        conclude(config, space, [trial("d", None)], run, tracker)
+
+
+def test_the_winner_is_trained_with_what_was_found(config, monkeypatch, tmp_path):
+    """And not in phases, which have a θ and a λ of their own."""
+    trained = []
+
+    def note(winner, console):
+        trained.append(winner)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tuning.winner.train", note)
+    made = build(BuildConfig(out=tmp_path / "data"), QUIET)
+    base = dataclasses.replace(config.base, phases=("3:0:1",))
+    config = dataclasses.replace(config, base=base, final_epochs=7)
+    space = SearchSpace.read(config.space, config.trial_config)
+    values = {name: distribution.low for name, distribution in space.distributions.items()}
+    settings = SimpleNamespace(uri="sqlite:///x.db")
+    with pytest.raises(KeyboardInterrupt):
+        train_winner(config, space, {"trial": "t", "values": values, "k": 5}, made, settings, QUIET)
+    (winner,) = trained
+    assert winner.schedule == ((7, winner.objective),) and winner.objective.theta == values["objective.theta"]
+
+
+def test_the_base_has_the_defaults_of_its_method():
+    config = parse_config(["--base.method", "cross_entropy", "--num-samples", "3"])
+    assert config.base == recipe("digits", "cross_entropy") and config.num_samples == 3
+    with pytest.raises(InputError, match=r"space.yaml: objective.theta: unknown field 'theta'; known: label_smoothing"):
         sweep(config, QUIET)
-    assert "failed" in (config.path / "log.txt").read_text()
 
 
 def test_a_killed_sweep_goes_on_without_repeating_what_is_finished(tmp_path):

@@ -275,11 +275,11 @@ def promote(
     result = compare(rival, f"models:/{name}/{version}", measurement, metrics=[metric])
     console.print(comparison_table(result, rival, f"models:/{name}/{version}", measurement.confidence))
     found = result.differences[metric]
-    if not found.low >= -margin:  # nor where there is no number
+    if not found.low > -margin:  # nor where there is no number
         client.set_model_version_tag(name, version, f"{alias}.refused", f"against version {old}: {found}")
         console.print(
-            f"version {old} stays @{alias}: version {version} may be worse by {-found.low:.4f} in {metric}, more than "
-            f"the margin of {margin:g}",
+            f"version {old} stays @{alias}: version {version} may be worse by {max(0.0, -found.low):.4f} in {metric}, "
+            + (f"and the margin is {margin:g}" if margin else "and has to be surely better"),
             highlight=False,
         )
         return False

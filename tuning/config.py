@@ -44,7 +44,8 @@ class SweepConfig:
     seed: int = 0
     """Seed of the search; the same seed draws the same first trials."""
     time_budget: float | None = None
-    """Start no trial after so many minutes; above 0. Default: no limit."""
+    """End the search after so many minutes: what runs then is stopped, its last score stands. Above 0. Default: no
+    limit."""
     warm_start: tuple[str, ...] = ()
     """MLflow run ids of earlier sweeps of the same split and space, whose trials the search starts from."""
 
@@ -112,16 +113,23 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class _Base:
+    method: str = "gradmix"
+    """Method, which chooses it too."""
+
+
+@dataclass(frozen=True)
 class _Launch:
-    """The option that is read before the others."""
+    """The options that are read before the others."""
 
     protocol: str = "digits"
     """Protocol, which chooses the recipe."""
+    base: _Base = field(default_factory=_Base)
 
 
 def parse_config(args: Sequence[str]) -> SweepConfig:
     launch, rest = tyro.cli(_Launch, args=args, return_unknown_args=True, add_help=False)
-    default = SweepConfig(protocol=launch.protocol, base=recipe(launch.protocol))
+    default = SweepConfig(protocol=launch.protocol, base=recipe(launch.protocol, launch.base.method))
     return cli.parse(
         SweepConfig,
         prog="python tuning/sweep.py",

@@ -68,13 +68,18 @@ def make_tuner(config: SweepConfig, settings: TrialSettings, at_once: int, earli
         function, resources = run_trial_on_ranks, {"cpu": COORDINATOR}
     trainable = tune.with_resources(tune.with_parameters(function, settings=settings), resources)
     if config.resume and (storage / "search").is_dir():
+        # Those that failed go on under their own names: the searcher knows no others.
         return tune.Tuner.restore(
-            str(storage / "search"), trainable=trainable, resume_unfinished=True, restart_errored=True
+            str(storage / "search"), trainable=trainable, resume_unfinished=True, resume_errored=True
         )
     scheduler = FIFOScheduler()
     if config.early_stopping:
         scheduler = ASHAScheduler(
-            time_attr="epoch", metric="score", mode="max", max_t=config.epochs, grace_period=config.report_every
+            time_attr="epoch",
+            metric="score",
+            mode="max",
+            max_t=config.epochs,
+            grace_period=min(config.report_every, config.epochs),
         )
     return tune.Tuner(
         trainable,

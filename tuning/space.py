@@ -41,8 +41,8 @@ class SearchSpace:
     """What is drawn below this counts as 0, which a logarithmic range never reaches."""
 
     @classmethod
-    def read(cls, path: Path) -> SearchSpace:
-        """The space of a YAML file; raises `InputError` that names the entry and what is wrong with it."""
+    def read(cls, path: Path, base: TrainConfig) -> SearchSpace:
+        """The space of a YAML file, to vary `base` with; raises `InputError` that names the entry and what is wrong."""
         try:
             entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeError, yaml.YAMLError) as error:
@@ -53,7 +53,7 @@ class SearchSpace:
             )
         distributions = {str(name): _distribution(f"{path}: {name}", entry) for name, entry in entries.items()}
         for name, distribution in distributions.items():
-            _check(f"{path}: {name}", name, distribution)
+            _check(f"{path}: {name}", name, distribution, base)
         zeros = {str(name): entry["zero_below"] for name, entry in entries.items() if "zero_below" in entry}
         return cls(distributions, zeros)
 
@@ -109,7 +109,7 @@ def _distribution(where: str, entry: Any) -> BaseDistribution:
         raise InputError(f"{where}: {error}") from error
 
 
-def _check(where: str, name: str, distribution: BaseDistribution) -> None:
+def _check(where: str, name: str, distribution: BaseDistribution, base: TrainConfig) -> None:
     """Make sure that whatever is drawn is a configuration: the ends of a range and every choice are tried."""
     if name.partition(".")[0] in _SET_BY_THE_SWEEP:
         raise InputError(f"{where} cannot be varied: options of the sweep set it")
@@ -119,7 +119,7 @@ def _check(where: str, name: str, distribution: BaseDistribution) -> None:
         drawn = [distribution.low, distribution.high]
     try:
         for value in drawn:
-            SearchSpace({}).apply(TrainConfig(), {name: value})
+            SearchSpace({}).apply(base, {name: value})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 

@@ -45,7 +45,7 @@ from tuning.winner import train_winner
 
 def sweep(config: SweepConfig, console: Console) -> dict[str, Any]:
     """The whole search; returns what is written to `result.json`."""
-    space = SearchSpace.read(config.space)
+    space = SearchSpace.read(config.space, config.trial_config)
     uri = resolve_uri(config.base.tracking.uri)
     if config.warm_start or not config.base.tracking.offline:
         check_store(uri)
@@ -85,12 +85,14 @@ def run_sweep(
         run.log(f"{len(trials)} trials in {seconds:,.0f} s, {trained:,.0f} s of training in all")
         tracker.log({"search_seconds": seconds, "train_seconds": trained}, 0)
         result = conclude(config, space, trials, run, tracker)
+        # Now, too, since the winner's training may take long.
         handed_over = config.base.tracking.offline or went_through(lambda: hand_over(run.path))
         if config.final_epochs != 0:
             whole = prepare(config, console, None)
             result["final"] = train_winner(config, space, result["best"], whole, settings, console)
             write_json(run.path / "result.json", result)
-        if not handed_over and not went_through(lambda: hand_over(run.path)):
+            handed_over = config.base.tracking.offline or went_through(lambda: hand_over(run.path))
+        if not handed_over:
             raise InputError(
                 f"the sweep is complete in {run.path}, but {without_password(uri)} has not taken all records of it: "
                 "when it does again, add --resume to the same command"
@@ -181,9 +183,12 @@ def conclude(
     for trial in trials:
         if trial.error:
             run.log(f"trial {trial.name} failed: {trial.error}")
-    scored = [trial for trial in trials if trial.score is not None]
+    # One that failed after a good score would fail again where its values are trained for longer.
+    scored = [trial for trial in trials if trial.score is not None and not trial.error]
     if not scored:
-        raise InputError(f"no trial of {len(trials)} came to a score; the first said: {trials[0].error}")
+        said = [trial.error for trial in trials if trial.error]
+        why = f"the first said: {said[0]}" if said else "they were stopped before their first one: raise --time-budget"
+        raise InputError(f"no trial of {len(trials)} came to a score; {why}")
     # A trial that was stopped early was so for being worse; its score stands all the same.
     best = max(scored, key=lambda trial: trial.score)
     importance = draw(trials, space, run.path / "plots")

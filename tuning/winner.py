@@ -36,6 +36,7 @@ def train_winner(
     winner = dataclasses.replace(
         space.apply(base, best["values"]),
         epochs=config.final_epochs or base.epochs,
+        phases=(),  # which would take the place of the θ and λ that were found
         data=build.folder,
         # Its own folder: another one may win when failed trials are tried again.
         run_dir=config.path / f"winner-{best['trial']}",

@@ -13,5 +13,5 @@ profile="$checkout/.ray-profile"
     # Without a GPU, DeepSpeed has to be told.
     nvidia-smi -L >/dev/null 2>&1 || echo "export DS_ACCELERATOR=cpu"
 } >"$profile"
-line="[ ! -f $profile ] || . $profile"
+line="[ ! -f '$profile' ] || . '$profile'"
 grep -qsxF "$line" ~/.bashrc || echo "$line" >>~/.bashrc
