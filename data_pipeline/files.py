@@ -93,14 +93,22 @@ def _is_full(error: BaseException | None) -> bool:
     return said or _is_full(error.__cause__) or _is_full(error.__context__)
 
 
+_prepared: set[Path] = set()
+"""What this process has begun to write: another of its number, as in a container that was started again, may have been
+here before."""
+
+
 def _partial(path: Path) -> Path:
     """The name under which this process prepares `path`; what processes of this machine left that died is removed."""
-    host = socket.gethostname()
+    host, own = socket.gethostname(), os.getpid()
     for left in path.parent.glob(f".{path.name}.{host}-*.partial"):
         pid = left.name.removesuffix(".partial").rpartition("-")[2]
-        if pid.isdecimal() and not Path("/proc", pid).exists():
+        dead = left not in _prepared if pid == str(own) else not Path("/proc", pid).exists()
+        if pid.isdecimal() and dead:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{host}-{own}.partial")
+    _prepared.add(partial)
+    return partial
 
 
 def write_json(path: Path, record: Any) -> None:

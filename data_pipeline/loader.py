@@ -189,9 +189,14 @@ def load_all(build: Build, partition: str, *, device: torch.device, workers: int
     if build.manifest.storage == "safetensors":
         file = load_file(build.file(partition), device=str(device))
         return Batch(file["images"], file["labels"], torch.arange(count, device=device))
-    file = _FFCVFile(build, partition, min(_DECODE_BATCH, count), device, workers)
-    batches = list(file.read(np.arange(count)))
-    return Batch(*(torch.cat(parts) for parts in zip(*batches)))
+    whole, done = None, 0
+    for batch in _FFCVFile(build, partition, min(_DECODE_BATCH, count), device, workers).read(np.arange(count)):
+        if whole is None:  # of their final size at once: joined at the end, they would be held twice
+            whole = Batch(*(part.new_empty((count, *part.shape[1:])) for part in batch))
+        for place, part in zip(whole, batch):
+            place[done : done + len(part)] = part
+        done += len(batch.images)
+    return whole
 
 
 class _FFCVFile:
@@ -240,7 +245,8 @@ class _FFCVFile:
 def _take(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.contiguous().to(device)
+    # From pinned memory, so that the host does not wait for the device; its allocator keeps it until the copy is done.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def _close(iterator) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import read_json, write_json
+from data_pipeline.files import full_disk_is_bad_input, read_json, write_json
 
 
 @dataclass
@@ -28,14 +28,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be made ({error.strerror}): name another") from error
-        self._lock = (self.path / ".lock").open("w")
         try:
+            self._lock = (self.path / ".lock").open("w")
             # Held until the process ends, however it ends: a crash leaves no stale lock.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"another process is writing to {self.path}: wait for it or name another folder"
             ) from error
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be locked ({error.strerror}): name another folder") from error
 
     def close(self) -> None:
         self._lock.close()
@@ -72,7 +74,8 @@ class RunFolder:
         self._write(text)
 
     def _write(self, text: str) -> None:
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        log = self.path / "log.txt"
+        with full_disk_is_bad_input(log), log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.beton import find_build
+from data_pipeline.errors import InputError
 from data_pipeline.loader import Partitions
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
@@ -110,6 +111,41 @@ def _decide_slowly() -> int:
 
 def test_what_the_first_rank_does_may_take_longer_than_a_collective_waits():
     assert on_ranks(_decide_slowly, 2) == [7, 7]
+
+
+def _fail_on_the_first_rank() -> list[str]:
+    said = []
+    for error in (InputError("no file"), ZeroDivisionError("a bug")):
+
+        def action(error=error):
+            raise error
+
+        try:
+            from_first_rank(action)
+        except Exception as raised:
+            said.append(f"{type(raised).__name__}: {raised}")
+    return [*said, from_first_rank(lambda: "next")]
+
+
+def test_what_fails_on_the_first_rank_leaves_the_others_neither_waiting_nor_a_step_behind():
+    shared = "SharedError: no file"
+    assert on_ranks(_fail_on_the_first_rank, 2) == [
+        [shared, "ZeroDivisionError: a bug", "next"],
+        [shared, "SharedError: the first rank failed (ZeroDivisionError: a bug)", "next"],
+    ]
+
+
+def _dtypes_added_up(config: TrainConfig) -> list[str]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    trainer = Trainer(config, Partitions(find_build(config.data, "digits", 0), join_ranks()))
+    return [str(dtype) for dtype in trainer.engine.optimizer.ipg_buckets]
+
+
+def test_gradients_are_added_up_over_ranks_in_float32(configs, tmp_path):
+    path = tmp_path / "bf16.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}))
+    config = dataclasses.replace(configs[0], deepspeed_config=path)
+    assert on_ranks(_dtypes_added_up, 2, config) == [["torch.float32"]] * 2
 
 
 def test_zero_stages_compute_what_plain_training_does(alone):

@@ -30,6 +30,7 @@ from trainer import checkpoint
 from trainer import train as train_module
 from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrackingConfig, TrainConfig
 from trainer.engine import join_ranks
+from trainer.loop import LossLog
 from trainer.recipes import recipe
 from trainer.step import Trainer
 from trainer.train import run_identity, train
@@ -158,6 +159,68 @@ def test_old_checkpoints_by_the_clock_change_nothing(config, straight):
     steps = [int(path.name.removeprefix("step-")) for path in (often.folder / "checkpoints").iterdir()]
     assert sorted(steps) == [6, 12, 16, 18]
     assert_equal(outcome(often.folder), straight)
+
+
+def test_a_checkpoint_by_the_clock_comes_at_the_end_of_an_epoch_that_is_read_once(config, straight):
+    rarely = dataclasses.replace(
+        config, checkpoint_minutes=1e-9, checkpoint_every=1000, log_every=1000, keep_checkpoints=100
+    )
+    train(rarely, QUIET)
+    steps = [int(path.name.removeprefix("step-")) for path in (rarely.folder / "checkpoints").iterdir()]
+    assert sorted(steps) == [6, 12, 18]
+    assert_equal(outcome(rarely.folder), straight)
+
+
+def test_with_accumulated_batches_losses_are_read_between_updates(config, monkeypatch, tmp_path):
+    """Else their readings might never fall where a checkpoint can be written."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_accumulation_steps": 3}))
+    read = []
+    monkeypatch.setattr(LossLog, "read", lambda log, *args, r=LossLog.read: (r(log, *args), read.append(log.step))[0])
+    config = dataclasses.replace(config, epochs=1, deepspeed_config=path, batch_size=45, log_every=2)
+    train(dataclasses.replace(config, checkpoint_minutes=1e-9, keep_checkpoints=100), QUIET)
+    assert len(read) > 4 and all(step % 6 == 0 for step in read[:-1])
+    written = [int(path.name.removeprefix("step-")) for path in (config.folder / "checkpoints").iterdir()]
+    assert sorted(written) == read[-2:], "the newest two"
+
+
+def test_a_run_that_came_to_no_checkpoint_leaves_nothing_to_another_one(config, monkeypatch):
+    """Its points, that is, which would stand for those of the other."""
+    lines = []
+    for rate, dies in ((1.0, True), (1e-3, False)):
+        changed = dataclasses.replace(
+            config, epochs=1, checkpoint_every=5, optimizer=OptimizerConfig(learning_rate=rate)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if dies:
+                patch.setattr(checkpoint, "save", fail)
+            with contextlib.suppress(InputError):
+                train(changed, QUIET)
+        lines.append((config.folder / "journal.jsonl").read_text().splitlines())
+    first, second = (json.loads(line[0])["metrics"]["train/total"] for line in lines)
+    assert first != second and len([line for line in lines[1] if "train/total" in line]) == 1
+
+
+def fail(*args, **options):
+    raise InputError("the disk is full")
+
+
+def test_a_finished_run_says_which_options_its_model_was_not_made_with(config):
+    config = dataclasses.replace(config, epochs=1)
+    train(config, QUIET)
+    with pytest.raises(InputError, match=r"holds the finished run, whose model was made with other score_on, k: give"):
+        train(dataclasses.replace(config, k=5, score_on="backbone"), QUIET)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on(config, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 1)
+        train(config, QUIET)
+    train(config, QUIET)
+    points = outcome(config.folder)["points"]
+    assert points[3, "train/total"] < points[1, "train/total"]
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), OptimizerConfig(name="sgd", learning_rate=0.01)])

@@ -193,17 +193,22 @@ def _remember(engine: Any, memory: dict[str, Tensor], steps: int) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     kinds = _kinds(engine)
-    counted = {"step": torch.tensor(float(steps))} if "exp_avg" in kinds else {}
+
+    def counted(weight: Tensor) -> dict[str, Tensor]:
+        # A fused Adam counts where the weights are, and a plain one on the host.
+        device = weight.device if engine.optimizer.param_groups[0].get("fused") else "cpu"
+        return {"step": torch.tensor(float(steps), device=device)} if "exp_avg" in kinds else {}
+
     if engine.zero_optimization_stage() == 0:
         for name, weight in engine.module.named_parameters():
             # In the weight's memory format, as the optimizer itself would have it.
             state = {key: torch.empty_like(weight).copy_(memory[f"{key}/{name}"]) for key in kinds}
-            engine.optimizer.state[weight] = {**{key: value.clone() for key, value in counted.items()}, **state}
+            engine.optimizer.state[weight] = {**counted(weight), **state}
         return
     zero = engine.optimizer
     for flat in zero.single_partition_of_fp32_groups:
         state = {key: torch.zeros_like(flat) for key in kinds}
-        zero.optimizer.state[flat] = {**{key: value.clone() for key, value in counted.items()}, **state}
+        zero.optimizer.state[flat] = {**counted(flat), **state}
     zero._lazy_init_hp_params_optimizer_state()
     for name, weight in engine.module.named_parameters():
         safe_set_full_fp32_param(weight, weight.detach().float())
@@ -220,8 +225,8 @@ def _kinds(engine: Any) -> tuple[str, ...]:
 
 def _loss_scaler(engine: Any) -> tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]] | None:
     """How to read and set the state of float16's loss scaling; None where there is none."""
-    if engine.torch_autocast_z0_gradscaler is not None:
-        scaler = engine.torch_autocast_z0_gradscaler
+    scaler = engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    if scaler is not None:
         return scaler.state_dict, scaler.load_state_dict
     if engine.zero_optimization_stage() > 0:
         scaler = engine.optimizer.loss_scaler

@@ -335,7 +335,7 @@ class TrainConfig:
     """How many checkpoints at ends of epochs to keep, the newest ones; 1 or more. Of those within one, what is
     among the newest two is kept."""
     log_every: int = 10
-    """Read the losses from the device every so many steps; 1 or more. Several ranks notice a request to stop then."""
+    """Read the losses from the device every so many updates; 1 or more. Several ranks notice a request to stop then."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -68,24 +68,34 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / world_size()
 
 
-def from_first_rank(action: Callable[[], Result]) -> Result:
-    """What `action` returns on the first rank, the only one to run it; all ranks raise the `InputError` it raises.
+class SharedError(InputError):
+    """One that every rank raises at the same place, so that together they may go on after it."""
 
-    It may take longer than a collective waits, such as a download or an evaluation does.
+
+def from_first_rank(action: Callable[[], Result]) -> Result:
+    """What `action` returns on the first rank, the only one to run it. It may take longer than a collective waits, such
+    as a download or an evaluation does.
+
+    Raises:
+        SharedError: it raised an `InputError`, or on the other ranks anything else, which the first one raises itself.
     """
+    if world_size() == 1:
+        return action()
     outcome: list[Any] = [None, None]
+    own: Exception | None = None
     if rank() == 0:
         try:
             outcome[0] = action()
         except InputError as error:
-            if world_size() == 1:
-                raise
             outcome[1] = str(error)
-    if world_size() > 1:
-        _wait_for_first_rank()
-        dist.broadcast_object_list(outcome)
+        except Exception as error:
+            own, outcome[1] = error, f"the first rank failed ({type(error).__name__}: {error})"
+    _wait_for_first_rank()
+    dist.broadcast_object_list(outcome)
+    if own is not None:
+        raise own
     if outcome[1] is not None:
-        raise InputError(outcome[1])
+        raise SharedError(outcome[1])
     return outcome[0]
 
 

@@ -139,6 +139,9 @@ def make_engine(
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         **deepspeed_config,
     }
+    if "torch_autocast" in settings:
+        # The gradients of what autocast computes in low precision: ZeRO would also add them up over ranks in it.
+        settings["torch_autocast"] = {"lower_precision_safe_modules": [], **settings["torch_autocast"]}
     try:
         engine, *_ = deepspeed.initialize(
             model=encoder,

@@ -19,11 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline import cli
-from data_pipeline.errors import InputError
 from data_pipeline.run_folder import NullRunFolder, RunFolder
 from trainer import checkpoint
-from trainer.batch_norm import agree_on_statistics
-from trainer.distributed import from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
+from trainer.distributed import SharedError, from_first_rank, mean_over_ranks, rank, sum_over_ranks, world_size
 from trainer.step import Trainer
 from trainer.tracking import Tracker
 
@@ -50,9 +48,9 @@ def training_epochs(
             first_step, earlier, started = progress.step, progress.epoch_seconds, time.perf_counter()
             for step, batch in enumerate(loader.epoch(epoch, first_step), first_step):
                 losses.add(trainer.train_step(batch, epoch, step))
-                between_updates = (step + 1) % trainer.accumulation == 0
-                alone_and_asked = asked and world_size() == 1 and between_updates
-                if not ((step + 1) % config.log_every == 0 or step + 1 == len(loader) or alone_and_asked):
+                updates, rest = divmod(step + 1, trainer.accumulation)
+                alone_and_asked = asked and world_size() == 1
+                if rest or not (updates % config.log_every == 0 or step + 1 == len(loader) or alone_and_asked):
                     continue
                 parts, wish = losses.read(keeper.newest, bool(asked) or keeper.is_due)
                 took = time.perf_counter() - started
@@ -63,9 +61,9 @@ def training_epochs(
                     description=f"epoch {epoch + 1}/{config.total_epochs}",
                     losses=f"{loss_line(parts)}  {rate:,.0f} images/s",
                 )
-                if wish and between_updates and step + 1 < len(loader):
+                if wish and step + 1 < len(loader):
                     keeper.save(epoch, step + 1, losses.sums, earlier + took, seconds, asked)
-            trainer.peaks.synchronise()
+            trainer.synchronise()
             took = time.perf_counter() - started
             seconds += earlier + took
             rate = (len(loader) - first_step) * loader.batch_size * world_size() / took
@@ -74,8 +72,7 @@ def training_epochs(
             tracker.log({f"train/{name}": value for name, value in record.items()}, epoch + 1)
             run.log_progress(f"epoch {epoch + 1}/{config.total_epochs}  {loss_line(means)}  {rate:,.0f} images/s")
             progress = START  # of the next epoch
-            stop = from_first_rank(lambda: bool(asked))
-            if due(epoch, config.checkpoint_every, config.total_epochs) or stop:
+            if due(epoch, config.checkpoint_every, config.total_epochs) or wish:
                 keeper.save(epoch + 1, 0, (), 0.0, seconds, asked)
             yield epoch + 1, seconds
 
@@ -95,7 +92,7 @@ class LossLog:
         """The mean of each part over ranks and the steps since the last reading, and whether any rank has a `wish`.
 
         Raises:
-            InputError: a loss was not finite; names the step, the parts and the checkpoint to go back to.
+            SharedError: a loss was not finite; names the step, the parts and the checkpoint to go back to.
         """
         rows = torch.stack(self._rows)
         # One collective for both: the wish is one more column.
@@ -105,7 +102,7 @@ class LossLog:
             self.step += 1
             if not all(map(math.isfinite, row)):
                 parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, row))
-                raise InputError(
+                raise SharedError(
                     f"the loss is not finite in epoch {self.epoch + 1}, step {self.step} ({parts}): "
                     f"lower --optimizer.learning-rate; the last good checkpoint is {last_checkpoint() or 'none'}"
                 )
@@ -150,9 +147,7 @@ class Keeper:
     ) -> None:
         """Write a checkpoint after `step` steps of epoch `epoch`; end there if the system `asked` any rank to."""
         trainer = self.trainer
-        trainer.peaks.synchronise()
-        if trainer.config.batch_norm != "global":
-            agree_on_statistics(trainer.engine.module)
+        trainer.synchronise()
         progress = checkpoint.Progress(
             epoch=epoch,
             step=step,

@@ -15,7 +15,7 @@ from data_pipeline.loader import Batch, Loader, Partitions, open_loader
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
 from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, places, random_places
-from trainer.batch_norm import synchronise
+from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig
 from trainer.distributed import rank, world_size
 from trainer.encoder import Encoder, compile_stages, load_encoder
@@ -104,6 +104,12 @@ class Trainer:
         self.engine.step()
         self.method.remember(keys, self.engine.module, updated=(step + 1) % self.accumulation == 0)
         return torch.stack(losses).detach()
+
+    def synchronise(self) -> None:
+        """Bring what each rank has learnt by itself together, so that all have the same. All ranks call it."""
+        self.peaks.synchronise()
+        if self.config.batch_norm != "global":
+            agree_on_statistics(self.engine.module)
 
     def parameters(self, batch: Batch, epoch: int, number: int) -> ViewParameters:
         """What makes view `number` of each image of the batch."""

@@ -172,6 +172,13 @@ def open_run(
                 f"{config.folder} holds a run of another configuration ({', '.join(different)} differ): "
                 "name another --run-dir, or add --restart to discard it"
             )
+        wanted, had = config.to_dict(), earlier.get("config", {})
+        rescored = [name for name in ("score_on", "k", "ks", "accept") if had.get(name, wanted[name]) != wanted[name]]
+        if done and rescored:
+            raise InputError(
+                f"{config.folder} holds the finished run, whose model was made with other {', '.join(rescored)}: "
+                "give the same, name another --run-dir, or add --restart to train it anew"
+            )
         return done
 
     finished = from_first_rank(look)
@@ -180,8 +187,8 @@ def open_run(
 
 def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_hash: str) -> None:
     """Note in the run folder what is being trained, and by which commits if not by one; with --restart after discarding
-    what it held."""
-    if config.restart:
+    what it held, and likewise where that was another run that did not come to its first checkpoint."""
+    if config.restart or (run.config() or {}).get("identity", identity) != identity:
         checkpoint.discard(run.path)
         discard_journal(run.path)
         shutil.rmtree(run.path / "model", ignore_errors=True)

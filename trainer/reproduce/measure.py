@@ -81,7 +81,7 @@ def compute(cell: Cell, partitions: Partitions, console: Console) -> None:
     try:
         train(dataclasses.replace(cell.config, data=partitions.build.folder), shown, partitions)
     except InputError as error:
-        raise InputError(f"{error} (what has no option here is set in trainer/recipes.py)") from error
+        raise type(error)(f"{error} (what has no option here is set in trainer/recipes.py)") from error
     from_first_rank(lambda: measure(cell, partitions))
 
 

@@ -35,7 +35,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import NullRunFolder, RunFolder, source_commit
 from trainer.config import TrackingConfig
-from trainer.distributed import from_first_rank, world_size
+from trainer.distributed import SharedError, from_first_rank, world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks, read_deepspeed_config
 from trainer.evaluation.report import Number, TableResult
@@ -87,14 +87,14 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
             same = "the same command" + (" without --restart" if config.restart else "")
             run.log(f"stopped by the system in {cell.name}: {same} goes on there")
             raise
-        except InputError as error:
-            failed.append(f"{cell.name}: {error}")
         except Exception as error:
-            if world_size() > 1:  # the other ranks wait for this one, and have to end with it
-                raise
-            trace = config.path / f"{cell.name}.error.txt"
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
-            failed.append(f"{cell.name}: {type(error).__name__}: {error} (see {trace})")
+            if world_size() > 1 and not isinstance(error, SharedError):
+                raise  # the other ranks wait for this one, and have to end with it
+            failed.append(f"{cell.name}: {error}")
+            if not isinstance(error, InputError):
+                trace = config.path / f"{cell.name}.error.txt"
+                trace.write_text(traceback.format_exc(), encoding="utf-8")
+                failed[-1] = f"{cell.name}: {type(error).__name__}: {error} (see {trace})"
         else:
             run.log(f"{numbers} ({config.budget} budget)")
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
