@@ -82,6 +82,12 @@ class Partitions:
             self._kept[name] = batch
         return batch
 
+    def on_device_or_host(self, name: str) -> Batch:
+        """The partition on the device where it `fits`, else in the host's memory, to be taken over piece by piece."""
+        if self.fits(name):
+            return self[name]
+        return load_all(self.build, name, device=torch.device("cpu"), workers=self.workers)
+
     def fits(self, name: str) -> bool:
         """Whether the partition is small beside the device's free memory, or is there already."""
         manifest = self.build.manifest

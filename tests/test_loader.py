@@ -108,6 +108,14 @@ def test_small_partitions_are_decoded_once(digits, monkeypatch):
     assert first is not second and torch.equal(first.images, second.images)
 
 
+def test_what_the_device_has_no_room_for_comes_to_the_host(digits, monkeypatch):
+    partitions = Partitions(digits, torch.device("meta"))
+    partitions._kept["test_known"] = kept = load_all(digits, "test_known", device=CPU)
+    monkeypatch.setattr("data_pipeline.loader._free_memory", lambda device: 1000)
+    assert partitions.on_device_or_host("train").images.device == CPU
+    assert partitions.on_device_or_host("test_known") is kept
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_images_than_a_batch_is_refused(kind, digits):
     with pytest.raises(InputError, match="690 training images do not fill one batch of 700: set --batch-size"):

@@ -41,8 +41,9 @@ def build_model(encoder: Encoder, partitions: Partitions, config: TrainConfig) -
     )
     if config.score_on == "backbone" and config.objective.classifier is None:
         encoder.drop_head()
-    train = partitions["train"]
-    model = OpenSetModel(card, encoder, train.images.new_empty((0, encoder.embedding_dim)), train.labels)
+    train = partitions.on_device_or_host("train")  # a run whose images are streamed ends here, too
+    labels = train.labels.to(partitions.device)
+    model = OpenSetModel(card, encoder, labels.new_empty((0, encoder.embedding_dim)), labels)
     model.gallery_ids = partitions.build.names("train")
     model.gallery = model.embed(train.images)
     scores = model.score(partitions["calibration"].images, [config.k]).scores.squeeze(1)
