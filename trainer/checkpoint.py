@@ -82,8 +82,9 @@ def save(
         final = run_dir / "checkpoints" / f"step-{progress.total_steps:09d}"
         bad = [name for name, value in engine.module.state_dict().items() if not value.isfinite().all()]
         if bad:
+            epoch = progress.epoch + (progress.step > 0)  # from 1, the one that did it
             raise InputError(
-                f"the weights are not finite any more ({bad[0]}, epoch {progress.epoch + 1}): lower "
+                f"the weights are not finite any more ({bad[0]}, epoch {epoch}): lower "
                 f"--optimizer.learning-rate; the last good checkpoint is {latest(run_dir) or 'none'}"
             )
         with full_disk_is_bad_input(final), replacing_folder(final) as partial:
@@ -94,7 +95,7 @@ def save(
             record = {
                 "progress": asdict(progress),
                 "identity": identity,
-                "optimizer_steps": schedule["last_epoch"],
+                "optimizer_steps": _steps(engine, schedule["last_epoch"]),
                 "schedule": schedule,
                 "loss_scaler": scaler and scaler[0](),
                 "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir())},
@@ -180,12 +181,21 @@ def _optimizer_memory(engine: Any) -> dict[str, Tensor]:
     for name, weight in engine.module.named_parameters():
         for key in _kinds(engine):
             if engine.zero_optimization_stage() == 0:
-                value = engine.optimizer.state[weight][key]
+                value = engine.optimizer.state[weight].get(key)
             else:
                 value = safe_get_full_optimizer_state(weight, key)
+            if value is None:  # no step was taken yet: float16 begins with some that overflow
+                value = torch.zeros_like(weight, dtype=torch.float32)
             # safetensors keeps no memory format.
             memory[f"{key}/{name}"] = value.detach().contiguous()
     return memory
+
+
+def _steps(engine: Any, scheduled: int) -> int:
+    """Those that Adam took: fewer than its schedule counts where some overflowed."""
+    if engine.zero_optimization_stage() > 0:
+        return scheduled
+    return int(next((state["step"] for state in engine.optimizer.state.values() if "step" in state), 0))
 
 
 def _remember(engine: Any, memory: dict[str, Tensor], steps: int) -> None:
