@@ -18,13 +18,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from data_pipeline.errors import InputError
 
 MAX_PIXELS = 50_000_000
-"""The largest image that is taken. Pillow holds a pixel of one band in a byte and any other in four: 200 MB at most."""
+"""The largest image that is taken."""
 
 # What is read from whoever sends it. Pillow has readers of more, some of which start programs (EPS).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+# What a decoder holds while it fills Pillow's memory, as a multiple of that: whole frames, or all coefficients.
+_DECODERS_HOLD = {"WEBP": 3, "AVIF": 3, "JPEG2000": 6, "TIFF": 2, "PPM": 2}
+
 _STRIP_PIXELS = 1 << 18
-_WORTH_GIVING_BACK = 1 << 24
+_WORTH_GIVING_BACK = 1 << 24  # bytes
 
 
 def to_uint8(image: Image.Image, channels: int) -> np.ndarray:
@@ -49,7 +52,8 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
     """The centre square of an encoded image (PNG, JPEG, ...) as uint8 (size, size, channels); the first of its frames.
 
     Its size is read before its pixels are, so that a small file that unpacks to a huge image costs nothing. Threads
-    that decode at a time share what memory the largest image takes: who finds too little left waits.
+    that decode at a time share what memory the largest PNG takes: who finds too little left waits, and what takes more
+    than that by itself is decoded alone.
 
     Raises:
         InputError: it is no image of these formats, is damaged, or has more than `MAX_PIXELS` pixels. The message goes
@@ -59,7 +63,7 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(f"{image.width} × {image.height} pixels")
-            with _room.taken(image.width * image.height * _bytes_per_pixel(image.mode)):
+            with _room.taken(image.width * image.height * _bytes_per_pixel(image, channels)):
                 return _square(image, channels, size)
     except UnidentifiedImageError as error:
         raise InputError(f"not an image file: send one of {', '.join(_formats())}") from error
@@ -94,9 +98,14 @@ def from_array(array: np.ndarray, channels: int, size: int) -> np.ndarray:
 
 def _square(image: Image.Image, channels: int, size: int) -> np.ndarray:
     """`fit` of `to_uint8`, of which only the centre square is made; closes the image."""
+    large = image.width * image.height * 4 >= _WORTH_GIVING_BACK
     ImageOps.exif_transpose(image, in_place=True)
+    if large:
+        _give_memory_back()  # of the image as it lay
     pixels = _part(image, _centre(*image.size), channels)
     image.close()  # resizing copies the pixels: one set of them goes before
+    if large:
+        _give_memory_back()
     return fit(pixels, size)
 
 
@@ -138,12 +147,13 @@ class _Room:
     """So many bytes that threads may hold together."""
 
     def __init__(self, total: int) -> None:
-        self._left = total
+        self._total = self._left = total
         self._turn, self._changed = threading.Lock(), threading.Condition()
 
     @contextmanager
     def taken(self, amount: int) -> Iterator[None]:
-        """Hold `amount`, no more than the total, as soon as it is free."""
+        """Hold `amount`, or all there is if that is less, as soon as it is free."""
+        amount = min(amount, self._total)
         # One waits at a time: who needs much is not passed for ever by those who need little.
         with self._turn, self._changed:
             self._changed.wait_for(lambda: amount <= self._left)
@@ -158,12 +168,16 @@ class _Room:
                 self._changed.notify()
 
 
-_room = _Room(MAX_PIXELS * 4)
+_room = _Room(MAX_PIXELS * 8)
 
 
-def _bytes_per_pixel(mode: str) -> int:
-    """In Pillow's memory."""
-    return {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(mode, 4)
+def _bytes_per_pixel(image: Image.Image, channels: int) -> int:
+    """What `_square` takes at most of an image that is not decoded yet."""
+    held = {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(image.mode, 4)
+    decoder = 2 if "progressive" in image.info else _DECODERS_HOLD.get(image.format or "", 0)
+    # Turning it makes another; a PNG may say only behind its pixels that it has to be turned. Of colours there is an
+    # array of 3 bytes, beside the pixels it is made from and then beside the copy of 4 bytes that is resized.
+    return max(held * (1 + decoder), 2 * held, 8 if channels == 3 else held + 1)
 
 
 def _give_memory_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,24 @@ def test_a_new_threshold_is_a_new_version(store, model, monkeypatch):
     assert torch.equal(new.gallery, model.gallery) and new.gallery_ids == model.gallery_ids
     assert torch.equal(calibration_scores(new, Path("nowhere")), model.calibration_scores)
     assert calibrate(new.calibration_scores, model.card.accept).threshold == model.card.threshold
+
+
+def test_an_alias_that_moves_meanwhile_does_not_change_what_is_recalibrated(store, tmp_path, monkeypatch):
+    shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "store.db")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/store.db"
+    options = {"tracking_uri": uri, "alias": "moving"}
+    _, second = run(CalibrateConfig(model=f"models:/{NAME}@champion", target_accept=0.8, **options), QUIET)
+    client = MlflowClient(uri)
+
+    def load_and_move(*arguments):
+        loaded = load_model(*arguments)
+        client.set_registered_model_alias(NAME, "moving", "1")
+        return loaded
+
+    monkeypatch.setattr("trainer.calibrate.load_model", load_and_move)
+    _, third = run(CalibrateConfig(model=f"models:/{NAME}@moving", target_accept=0.9, tracking_uri=uri), QUIET)
+    assert client.get_model_version(NAME, third).tags["recalibrated_from"] == second != "1"
 
 
 def test_without_a_target_nothing_is_registered(store):

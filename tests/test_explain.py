@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import write_json
 from data_pipeline.loader import load_all
 from tests.models import write_images
 from trainer.explain import (
@@ -25,6 +27,7 @@ from trainer.explain import (
     run,
     training_images,
 )
+from trainer.registry import OpenSetModel
 
 QUIET = Console(quiet=True)
 
@@ -84,6 +87,19 @@ def test_what_an_explanation_holds(model, digits, pictures):
             assert float(both[0] @ both[1]) == pytest.approx(near.similarity, abs=1e-5)
     page = render_html([dataclasses.replace(found[0], name="<script>alert(1)</script>")], "T", 5)
     assert "<script>" not in page and page.count("<img") == 2 + 3
+
+
+def test_a_folder_built_again_with_as_many_other_images_lends_no_pictures(model, digits, tmp_path):
+    rebuilt = shutil.copytree(digits.folder, tmp_path / digits.folder.name)
+    assert training_images(model, rebuilt) is not None
+    names = digits.names("train")
+    write_json(rebuilt / "train.names.json", [*names[1:], "a new image"])
+    assert training_images(model, rebuilt) is None
+    # A build that noted no names says nothing about a model that did, and the other way round.
+    (rebuilt / "train.names.json").unlink()
+    assert training_images(model, rebuilt) is None
+    unnamed = OpenSetModel(model.card, model.encoder, model.gallery, model.gallery_labels)
+    assert training_images(unnamed, rebuilt) is not None and training_images(unnamed, digits.folder) is None
 
 
 def test_overlay_colours_what_is_high():

@@ -42,15 +42,16 @@ def test_images(digits) -> torch.Tensor:
 
 
 class Server:
-    """`mlflow models serve` on a free port."""
+    """`mlflow models serve` on a free port, with so many kB of addresses."""
 
-    def __init__(self, uri: str, log: Path) -> None:
+    def __init__(self, uri: str, log: Path, addresses: str = "unlimited") -> None:
         (self.port,) = free_ports(1)
         environment = {
             **os.environ, "MLFLOW_TRACKING_URI": uri, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [
+            "bash", "-c", f'ulimit -v {addresses}; exec "$@"', "bash",
             sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/gradmix-digits@champion",
             "--env-manager", "local", "--port", str(self.port),
         ]  # fmt: skip
@@ -85,6 +86,16 @@ class Server:
         status, text = self.ask(body)
         assert status == 200, text
         return json.loads(text)["predictions"]
+
+    def peak(self) -> float:
+        """The most memory that one of its processes has held so far, in MB."""
+        most = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.getsid(int(folder.name)) == self.process.pid:
+                    found = re.search(r"VmHWM:\s+(\d+)", (folder / "status").read_text())
+                    most = max(most, int(found[1]) if found else 0)
+        return most / 1000
 
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -146,6 +157,33 @@ def test_a_batch_of_256(server, model, test_images):
     answers = server.predictions({"inputs": [base64_png(i) for i in batch.numpy()], "params": {"neighbours": 1}})
     np.testing.assert_allclose([each["score"] for each in answers], model.recognise(batch).scores, atol=1e-5)
     assert all(len(each["neighbours"]) == 1 for each in answers)
+
+
+def test_records_of_very_different_sizes_take_no_more_than_they_are(server):
+    # MLflow would make "inputs" one array of strings, all as long as the longest: 4 × 200 × 1.3 MB.
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000), np.uint8)
+    files = [base64_png(noise)] + [base64_png(noise[:8, :8])] * 199
+    assert len(files[0]) > 1.2e6
+    for body in (
+        {"dataframe_records": [{"image": file} for file in files]},
+        {"dataframe_split": {"columns": ["image"], "data": [[file] for file in files]}},
+    ):
+        before = server.peak()
+        assert before > 100
+        assert len(server.predictions({**body, "params": {"neighbours": 0}})) == 200
+        assert server.peak() - before < 150
+
+
+def test_a_server_with_limited_addresses_refuses_what_mlflow_would_blow_up(store, tmp_path):
+    limited = Server(store, tmp_path / "log.txt", addresses="8000000")
+    try:
+        before = limited.peak()
+        status, text = limited.ask({"inputs": ["A" * 500_000] + ["b"] * 3199})
+        assert status == 400 and "Unable to allocate 5.96 GiB" in json.loads(text)["message"]
+        assert limited.peak() - before < 100
+        assert limited.predictions({"inputs": [[[0] * 9] * 9]})[0]["class"]
+    finally:
+        limited.stop()
 
 
 def of_inputs(inputs) -> bytes:

@@ -11,6 +11,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -25,6 +26,9 @@ from trainer.config import check_alias
 from trainer.open_set import calibrate_threshold
 from trainer.registry import OpenSetModel, find_version, load_model, log_version, move_alias
 from trainer.tracking import resolve_uri
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +126,17 @@ class CalibrateConfig:
 
 def run(config: CalibrateConfig, console: Console) -> tuple[Calibration, str | None]:
     """Describe the model's threshold; with a target set another. Returns the last one and its version, if it is new."""
-    model = load_model(config.model, config.tracking_uri)
+    uri, source = config.model, None
+    if config.target_accept is not None:
+        # An alias may move meanwhile: from here on it is this version.
+        source = find_version(config.model, config.tracking_uri)
+        uri = f"models:/{source.name}/{source.version}"
+    model = load_model(uri, config.tracking_uri)
     scores = calibration_scores(model, config.data)
     card = model.card
     now = known_threshold(scores, card.accept, card.threshold, config.confidence)
     console.print(describe(f"{config.model}, set to accept {card.accept:.2%}", now, config.confidence), highlight=False)
-    if config.target_accept is None:
+    if config.target_accept is None or source is None:
         return now, None
     new = calibrate(scores, config.target_accept, config.confidence)
     console.print(describe(f"to accept {config.target_accept:.2%}", new, config.confidence), highlight=False)
@@ -137,21 +146,20 @@ def run(config: CalibrateConfig, console: Console) -> tuple[Calibration, str | N
             "lowest score there was",
             highlight=False,
         )
-    name, version = register_threshold(config, model, scores, new.threshold)
+    name, version = register_threshold(config, model, source, scores, new.threshold)
     console.print(f"registered {name} version {version}" + (f" as @{config.alias}" if config.alias else ""))
     return new, version
 
 
 def register_threshold(
-    config: CalibrateConfig, model: OpenSetModel, scores: Tensor, threshold: float
+    config: CalibrateConfig, model: OpenSetModel, source: ModelVersion, scores: Tensor, threshold: float
 ) -> tuple[str, str]:
-    """The model with another threshold as a new version, belonging to the run of the one it comes from."""
+    """The model with another threshold as a new version, belonging to the run of `source`, the one it comes from."""
     import mlflow
     from mlflow.tracking import MlflowClient
 
     assert config.target_accept is not None
     store = resolve_uri(config.tracking_uri)
-    source = find_version(config.model, store)
     card = dataclasses.replace(model.card, threshold=threshold, accept=config.target_accept)
     recalibrated = OpenSetModel(
         card, model.encoder, model.gallery, model.gallery_labels, model.gallery_ids, scores.to(torch.float32)

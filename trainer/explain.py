@@ -104,10 +104,15 @@ def attribution_maps(model: OpenSetModel, images: Tensor, layers: Sequence[Layer
 
 
 def training_images(model: OpenSetModel, data: Path) -> Tensor | None:
-    """The images of the gallery, (N, S, S, C) uint8, from the build in `data`; None if it is not there."""
+    """The images of the gallery, (N, S, S, C) uint8, from the build in `data`; None if they are not there.
+
+    A folder of one's own may hold other images than when the model was trained, though as many: their names tell.
+    """
     try:
         build = find_split(data, Protocol.from_dict(model.card.protocol))
     except InputError:
+        return None
+    if build.names("train") != list(model.gallery_ids):
         return None
     images = Partitions(build, torch.device("cpu"))["train"].images
     return images if len(images) == len(model.gallery) else None

@@ -159,6 +159,7 @@ def difference(
             drawn_difference,
             vectorized=False,
             n_resamples=resamples,
+            batch=16,  # the indices of all resamples at once would take resamples × images × 8 bytes
             confidence_level=confidence,
             method="percentile",
             rng=np.random.default_rng(seed),

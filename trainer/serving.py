@@ -1,9 +1,13 @@
 """The model behind `mlflow models serve`: what a request may hold, and what it gets back.
 
     {"inputs": [[[[0, ...], ...], ...], ...]}         images as whole numbers 0 to 255, (M, H, W, C) or (M, H, W)
-    {"inputs": ["iVBORw0KGgo...", ...]}               image files in base64, of any size
+    {"inputs": ["iVBORw0KGgo...", ...]}               image files in base64, of about one size
     {"dataframe_records": [{"image": ...}, ...]}      either, each image of a size of its own
     beside any of them: "params": {"neighbours": 5}   how many of the nearest training images to name; default k
+
+Of strings in "inputs" or "instances" MLflow makes one array, each as long as the longest, before anything here is
+called. No input schema prevents that but refuses or cuts something else: records of numbers, columns of any name, or
+nested lists. Records stay as large as they are.
 
 Every image becomes one row of the answer. An image that cannot be used refuses the whole request with status 400 and
 one line that says which it is and what to do.
