@@ -258,16 +258,25 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     link = Link.read(run_dir)
     mlflow.set_tracking_uri(link.uri)
     client = MlflowClient(link.uri)
-    # A crash between the registration and the note of it leaves a version of this run: it is taken, not made again.
-    found = client.search_model_versions(f"run_id = '{link.run_id}'") if link.version is None else []
-    version = link.version or next((str(each.version) for each in found if each.name == model_name), None)
+    # Versions are numbered for each name: that of another one says nothing.
+    version = link.version if link.model_name == model_name else None
+    version = version or _version_of_run(client, model_name, link.run_id)
     if version is None:
         version = log_version(run_dir / "model", model_name, link.run_id, card)
     client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
     if alias:
         move_alias(client, model_name, alias, version, "registered after training")
-    link.replaced(version=version).save(run_dir)
+    link.replaced(version=version, model_name=model_name).save(run_dir)
     return version
+
+
+def _version_of_run(client: MlflowClient, model_name: str, run_id: str | None) -> str | None:
+    """The version of `model_name` that a run was registered as, also where a crash came before the note of it."""
+    for found in client.search_model_versions(f"run_id = '{run_id}'"):
+        # One with another threshold belongs to the run too, but is not what training made.
+        if found.name == model_name and "recalibrated_from" not in found.tags:
+            return str(found.version)
+    return None
 
 
 def log_version(folder: Path, model_name: str, run_id: str, card: ModelCard) -> str:

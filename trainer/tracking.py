@@ -138,6 +138,8 @@ class Link:
     status: str = "RUNNING"
     version: str | None = None
     """Of the run's model in the registry; None: not registered yet."""
+    model_name: str | None = None
+    """Which registered model the version is of; None: not noted, as in links written earlier."""
     parent: str | None = None
     """The MLflow run that this one is nested in."""
 
@@ -148,7 +150,8 @@ class Link:
             link = cls.read(run_dir)
             if (link.uri, link.experiment) == (uri, experiment):
                 return link
-            link = link.replaced(uri=uri, experiment=experiment, run_id=None, delivered=0, version=None)
+            new = {"run_id": None, "delivered": 0, "version": None, "model_name": None}
+            link = link.replaced(uri=uri, experiment=experiment, **new)
         else:
             link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex, parent=parent)
         link.save(run_dir)

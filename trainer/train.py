@@ -194,7 +194,9 @@ def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_h
 
 def register_once(config: TrainConfig, run: RunFolder, uri: str) -> None:
     """Register the finished run's model, unless that is done."""
-    if Link.open(run.path, uri=uri, experiment=config.tracking.experiment).version is not None:
+    link = Link.open(run.path, uri=uri, experiment=config.tracking.experiment)
+    # A link without a name is of an earlier version of this project, which registered a run once.
+    if link.version is not None and link.model_name in (None, config.model_name):
         return
     version = register(run.path, config.model_name, config.tracking.alias)
     alias = f" as @{config.tracking.alias}" if config.tracking.alias else ""
