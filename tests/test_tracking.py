@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_json
+from data_pipeline.run_folder import RunFolder
 from trainer import tracking
+from trainer.config import TrackingConfig
+from trainer.recipes import recipe
+from trainer.reproduce.plan import ReproduceConfig
+from trainer.reproduce.runner import opened
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
+from trainer.train import begin
+from tuning.space import SearchSpace
+from tuning.sweep import SweepConfig
+from tuning.sweep import begin as begin_sweep
 
 
 @pytest.fixture
@@ -94,6 +106,33 @@ def test_a_store_that_is_gone_costs_training_nothing_and_loses_nothing(uri, run_
     link = Link(**json.loads((run_dir / "mlflow.json").read_text()))
     assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(20)]
     assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
+
+
+WITH_PASSWORD = TrackingConfig(uri="http://alice:SECRET@host:5000", offline=True)
+
+
+def test_no_record_holds_the_password_of_a_store(uri, run_dir, tmp_path):
+    config = dataclasses.replace(recipe("digits"), tracking=WITH_PASSWORD)
+    begin(config, RunFolder(tmp_path / "training"), {}, "")
+    searched = SweepConfig(base=config, folder=tmp_path / "sweep")
+    begin_sweep(searched, SearchSpace.read(searched.space), RunFolder(searched.path))
+    table = ReproduceConfig(experiment="table2", folder=tmp_path / "tables", tracking=WITH_PASSWORD)
+    opened(table, Console(quiet=True))
+    for folder in (tmp_path / "training", searched.path, table.path):
+        text = (folder / "config.json").read_text()
+        assert "SECRET" not in text and '"uri": "http://host:5000"' in text
+    assert config.tracking == WITH_PASSWORD  # which is what goes on being used
+
+    # Nor does MLflow get the one that a run folder of an earlier version has in its record.
+    record = {"tracking": {"uri": WITH_PASSWORD.uri}, "base": {"tracking": {"uri": WITH_PASSWORD.uri}}}
+    write_json(run_dir / "config.json", {"config": {**record, "tracking_uri": WITH_PASSWORD.uri}, "split_hash": ""})
+    JournalTracker(run_dir, uri=uri, experiment="e", offline=True).close("FINISHED")
+    deliver(run_dir)
+    client, run_id = MlflowClient(uri), Link.read(run_dir).run_id
+    expected = dict.fromkeys(("tracking.uri", "base.tracking.uri", "tracking_uri"), "http://host:5000")
+    assert client.get_run(run_id).data.params == expected
+    artifact = Path(client.download_artifacts(run_id, "config.json", str(tmp_path)))
+    assert "SECRET" not in artifact.read_text() and "http://host:5000" in artifact.read_text()
 
 
 class Failing(BaseHTTPRequestHandler):

@@ -33,7 +33,8 @@ from data_pipeline.views import render_plain
 from trainer.config import Classifier, EncoderConfig, Features, check_alias
 from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 from trainer.open_set import Scores, class_scores, neighbours, score
-from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
+from trainer.records import without_password
+from trainer.tracking import Link, check_store, deliver, resolve_uri
 
 if TYPE_CHECKING:  # imported where it is used: MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -28,6 +27,7 @@ import tyro
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, write_json
+from trainer.records import without_password, without_passwords
 
 DEFAULT_URI = "sqlite:///mlruns.db"
 
@@ -116,11 +116,6 @@ def check_store(uri: str, *, must_exist: bool = False) -> None:
         raise InputError(
             f"{shown!r} is no MLflow store: give sqlite:///FILE, http://HOST:PORT or a database such as postgresql://..."
         )
-
-
-def without_password(uri: str) -> str:
-    """`uri` as it may be shown: user and password removed."""
-    return re.sub(r"://[^/]*@", "://", uri)
 
 
 @dataclass(frozen=True)
@@ -319,10 +314,11 @@ def _describe(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
     """The configuration as parameters, and as a file."""
     from mlflow.entities import Param
 
+    record = without_passwords(record)  # run folders of earlier versions hold them
     params = [Param(key, value[:_PARAM_LENGTH]) for key, value in _flatten(record.get("config", {})).items()]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
-    client.log_dict(run_id, dict(record), "config.json")
+    client.log_dict(run_id, record, "config.json")
 
 
 def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from trainer.evaluation.report import hardware
 from trainer.loop import training_epochs
 from trainer.recipes import recipe
 from trainer.recognition import build_model, evaluate_open_set, metrics_table
+from trainer.records import without_password
 from trainer.registry import register
 from trainer.roll_call import roll_call
 from trainer.step import Trainer
@@ -46,7 +47,6 @@ from trainer.tracking import (
     check_store,
     discard_journal,
     resolve_uri,
-    without_password,
 )
 
 
