@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,7 @@ class OpenSetModel:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
+        """The model of a folder, which is not needed any more when this returns."""
         card = ModelCard.read(folder / "model.json")
         encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
         if card.features == "backbone":
@@ -219,8 +221,10 @@ class OpenSetModel:
         # Models of earlier versions have neither of these.
         ids, calibration = folder / "gallery_ids.json", folder / "calibration.safetensors"
         try:
-            gallery = load_file(folder / "gallery.safetensors", device=str(device))
-            scores = load_file(calibration)["scores"] if calibration.is_file() else None
+            # Copied, since safetensors maps the file into memory.
+            gallery = load_file(folder / "gallery.safetensors")
+            gallery = {name: tensor.to(device, copy=True) for name, tensor in gallery.items()}
+            scores = load_file(calibration)["scores"].clone() if calibration.is_file() else None
         except (OSError, SafetensorError) as error:
             raise InputError(f"the model in {folder} is damaged ({error}): get it again") from error
         return cls(
@@ -332,21 +336,26 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
         return OpenSetModel.load(Path(uri), device)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+    from mlflow.utils.uri import is_local_uri
 
     store = resolve_uri(tracking_uri)
     check_store(store, must_exist=True)
     mlflow.set_tracking_uri(store)
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
-    except MlflowException as error:
-        raise InputError(
-            f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
-        ) from error
-    # MLflow keeps the folder that was logged somewhere inside its own.
-    found = sorted(folder.rglob("model.json"))
-    if not found:
-        raise InputError(f"the registered model in {folder} is not one of this project: register it again")
-    return OpenSetModel.load(found[0].parent, device)
+    with tempfile.TemporaryDirectory() as fetched:
+        try:
+            # Files of this machine are read where they lie; MLflow would leave a copy of others behind at every call.
+            is_here = is_local_uri(ModelsArtifactRepository.get_underlying_uri(uri), is_tracking_or_registry_uri=False)
+            folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if is_here else fetched))
+        except MlflowException as error:
+            raise InputError(
+                f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
+            ) from error
+        # MLflow keeps the folder that was logged somewhere inside its own.
+        found = sorted(folder.rglob("model.json"))
+        if not found:
+            raise InputError(f"the registered model {uri} is not one of this project: register it again")
+        return OpenSetModel.load(found[0].parent, device)
 
 
 def _known_models(store: str) -> str:
