@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -214,6 +216,84 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "store.db").write_text("this is no database, though it is long enough to be looked at as one" * 20)
     with pytest.raises(InputError, match="cannot be used"):
         check_store(f"sqlite:///{tmp_path}/store.db")
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A server that wants alice's password, except for being asked whether it is there."""
+
+    expected = "Basic " + base64.b64encode(b"alice:SECRET").decode()
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        granted = self.path == "/health" or self.headers["Authorization"] == self.expected
+        self.send_response(200 if granted else 401)
+        self.end_headers()
+        self.wfile.write(b"{}" if granted else b"You are not authenticated.")
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """HOST:PORT of a server that wants a password, asked from a machine that knows none."""
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Guarded.asked.clear()
+    server = HTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_server_that_refuses_the_password_is_one_line_before_anything_is_trained(guarded, tmp_path, monkeypatch):
+    refused = r"server http://127.0.0.1:\d+ refuses access \(401 Unauthorized, You are not auth"
+    with pytest.raises(InputError, match=f"{refused}.*MLFLOW_TRACKING_USERNAME .* ~/.mlflow/credentials, or .*USER:"):
+        check_store(f"http://{guarded}")
+    assert len(Guarded.asked) == 2  # and nothing is tried again
+    with pytest.raises(InputError, match=refused) as error:
+        check_store(f"http://alice:WRONG@{guarded}")
+    assert "WRONG" not in str(error.value)
+    # Every way in which MLflow itself finds them.
+    check_store(f"http://alice:SECRET@{guarded}")
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = alice\nmlflow_tracking_password = SECRET\n"
+    )
+    check_store(f"http://{guarded}")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "WRONG")
+    with pytest.raises(InputError, match=refused):
+        check_store(f"http://{guarded}")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "SECRET")
+    check_store(f"http://{guarded}/")
+
+
+def test_a_server_that_is_there_but_fails_is_one_line(monkeypatch):
+    class Half(Guarded):
+        seconds = 0.0
+
+        def do_GET(self) -> None:
+            time.sleep(self.seconds if self.path != "/health" else 0)
+            self.send_response(200 if self.path == "/health" else 500)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Half)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match=r"cannot be used \(500 Internal Server Error\): look at its log"):
+            check_store(f"http://127.0.0.1:{server.server_port}")
+        # Nor is one that takes the request and says nothing waited for.
+        monkeypatch.setattr(tracking, "_CHECK_SECONDS", 0.2)
+        monkeypatch.setattr(Half, "seconds", 1.0)
+        started = time.perf_counter()
+        with pytest.raises(InputError, match=r"does not answer \(API request to http://127.*: start it") as error:
+            check_store(f"http://alice:SECRET@127.0.0.1:{server.server_port}")
+        assert time.perf_counter() - started < 3 and "SECRET" not in str(error.value)
+    finally:
+        server.shutdown()
 
 
 def test_the_store_is_the_given_one_then_the_environments_then_sqlite(monkeypatch):

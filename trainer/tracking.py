@@ -37,6 +37,8 @@ _PARAMS_PER_REQUEST = 100
 _PARAM_LENGTH = 500
 _RETRY_SECONDS = 5.0
 _CLOSE_SECONDS = 30.0
+_CHECK_SECONDS = 5.0
+_REFUSED = (401, 403)
 
 # The client's own retries block a caller for minutes when the server is gone; here the journal does the retrying.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -84,19 +86,13 @@ def check_store(uri: str, *, must_exist: bool = False) -> None:
         must_exist: also refuse an SQLite file that is not there yet, which writing would create.
 
     Raises:
-        InputError: it does not answer, cannot be opened, or is of a kind MLflow does not know.
+        InputError: it does not answer, refuses user and password, cannot be opened, or is of a kind MLflow does not
+            know.
     """
     shown = without_password(uri)
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-                return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise InputError(
-                f"the MLflow server {shown} does not answer ({getattr(error, 'reason', error)}): start it, correct the "
-                "URI, or train with --tracking.offline to record in the run folder and deliver later"
-            ) from error
+        _check_server(uri)
     elif parts.scheme == "sqlite":
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.parent.is_dir():
@@ -116,6 +112,41 @@ def check_store(uri: str, *, must_exist: bool = False) -> None:
         raise InputError(
             f"{shown!r} is no MLflow store: give sqlite:///FILE, http://HOST:PORT or a database such as postgresql://..."
         )
+
+
+def _check_server(uri: str) -> None:
+    """Ask a server whether it is there, which needs no password, and then for something that does, once each."""
+    shown = without_password(uri)
+    remedy = "start it, correct the URI, or train with --tracking.offline to record in the run folder and deliver later"
+    try:
+        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=_CHECK_SECONDS):
+            pass
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) not in _REFUSED:  # by a proxy that wants a password for everything
+            reason = getattr(error, "reason", error)
+            raise InputError(f"the MLflow server {shown} does not answer ({reason}): {remedy}") from error
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search", "GET", params={"max_results": 1},
+            max_retries=0, timeout=_CHECK_SECONDS, raise_on_status=False,
+        )  # fmt: skip
+    except MlflowException as error:
+        reason = without_password(str(error))
+        raise InputError(f"the MLflow server {shown} does not answer ({reason}): {remedy}") from error
+    said = f"{answer.status_code} {answer.reason}"
+    if answer.text and not answer.text.lstrip().startswith(("<", "{")):
+        said += f", {' '.join(answer.text.split())[:200]}"
+    if answer.status_code in _REFUSED:
+        raise InputError(
+            f"the MLflow server {shown} refuses access ({said}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, write them to ~/.mlflow/credentials, or give http://USER:PASSWORD@HOST:PORT"
+        )
+    if answer.status_code >= 400:
+        raise InputError(f"the MLflow server {shown} cannot be used ({said}): look at its log, or correct the URI")
 
 
 @dataclass(frozen=True)
