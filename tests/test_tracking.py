@@ -169,6 +169,35 @@ def test_a_server_that_answers_with_errors_is_asked_again_later(uri, run_dir, mo
     assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(5)]
 
 
+def test_the_end_of_a_run_is_noted_while_a_delivery_hangs(uri, run_dir, monkeypatch):
+    """Neither waits for the other, and neither takes back what the other has noted."""
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 0.1)
+    hangs, goes_on, log_batch = threading.Event(), threading.Event(), MlflowClient.log_batch
+
+    def hanging(self, run_id, metrics=(), params=()):
+        if metrics:
+            hangs.set()
+            goes_on.wait(60)
+        log_batch(self, run_id, metrics=metrics, params=params)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hanging)
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e")
+    tracker.log({"loss": 1.0}, 1)
+    assert hangs.wait(60)
+    tracker.log({"loss": 2.0}, 2)
+    tracker.close("FINISHED")
+    link = Link.read(run_dir)
+    assert (link.status, link.delivered) == ("FINISHED", 0)
+    Link.change(run_dir, version="1", model_name="m")
+    goes_on.set()
+    tracker._thread.join(60)
+    # Nor is what was going on taken for all there is.
+    assert Link.read(run_dir) == link.replaced(delivered=1, version="1", model_name="m")
+    assert MlflowClient(uri).get_run(link.run_id).info.status == "RUNNING"
+    assert deliver(run_dir) == 1 and points(uri, link.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
+
+
 def test_a_crash_before_the_parameters_arrived_is_made_good(uri, run_dir, monkeypatch):
     JournalTracker(run_dir, uri=uri, experiment="e", offline=True).close("RUNNING")
     write_json(run_dir / "config.json", {"config": {f"name{i}": i for i in range(250)}, "split_hash": "abc"})

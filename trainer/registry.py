@@ -271,7 +271,7 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
     if alias:
         move_alias(client, model_name, alias, version, "registered after training")
-    link.replaced(version=version, model_name=model_name).save(run_dir)
+    Link.change(run_dir, version=version, model_name=model_name)
     return version
 
 

@@ -39,6 +39,7 @@ _RETRY_SECONDS = 5.0
 _CLOSE_SECONDS = 30.0
 _CHECK_SECONDS = 5.0
 _REFUSED = (401, 403)
+_changing = threading.Lock()
 
 # The client's own retries block a caller for minutes when the server is gone; here the journal does the retrying.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -196,6 +197,14 @@ class Link:
     def replaced(self, **changes: Any) -> Link:
         return Link(**{**self.__dict__, **changes})
 
+    @classmethod
+    def change(cls, run_dir: Path, **changes: Any) -> Link:
+        """Change these fields alone of a run folder's link: another thread may be changing others. Returns it."""
+        with _changing:
+            link = cls.read(run_dir).replaced(**changes)
+            link.save(run_dir)
+        return link
+
 
 class JournalTracker:
     """Journals to the run folder, and delivers to MLflow in the background unless `offline`."""
@@ -208,7 +217,8 @@ class JournalTracker:
         self._logged = {(line["step"], *line["metrics"]) for line in _journal_lines(run_dir)}
         _drop_cut_line(run_dir / "journal.jsonl")
         self._journal = (run_dir / "journal.jsonl").open("a", encoding="utf-8")
-        Link.open(run_dir, uri=uri, experiment=experiment, parent=parent).replaced(status="RUNNING").save(run_dir)
+        Link.open(run_dir, uri=uri, experiment=experiment, parent=parent)
+        Link.change(run_dir, status="RUNNING")
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = None
         if not offline:
@@ -233,29 +243,31 @@ class JournalTracker:
         """End the run as FINISHED, FAILED or KILLED, and give delivery half a minute to catch up."""
         with contextlib.suppress(OSError):  # a full disk; what it has not taken is at most the line that said so
             self._journal.close()
-        self._stop.set()
-        self._wake.set()
+        try:
+            # Before the wait, which may be in vain: what was not delivered in time is delivered later as it ended.
+            Link.change(self._run_dir, status=status)
+        finally:
+            self._stop.set()
+            self._wake.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
-            if self._thread.is_alive():
-                return
-        Link.read(self._run_dir).replaced(status=status).save(self._run_dir)
-        if self._thread is not None:
-            went_through(lambda: deliver(self._run_dir))
+            if not self._thread.is_alive():
+                went_through(lambda: deliver(self._run_dir))
 
     def _deliver(self) -> None:
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not went_through(lambda: deliver(self._run_dir)) and not self._stop.wait(_RETRY_SECONDS):
+            went = went_through(lambda: deliver(self._run_dir, points_alone=True))
+            if not went and not self._stop.wait(_RETRY_SECONDS):
                 self._wake.set()
 
 
-def deliver(run_dir: Path) -> int:
+def deliver(run_dir: Path, *, points_alone: bool = False) -> int:
     """Bring MLflow up to date with a run folder; returns how many journal lines were new to it.
 
     Makes the MLflow run if there is none yet, with the configuration as parameters and the split hash as a tag. When
-    the run is over, its report and figures follow as artifacts.
+    the run is over, its report and figures follow as artifacts, unless the `points_alone` are asked for.
     """
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException
@@ -270,8 +282,8 @@ def deliver(run_dir: Path) -> int:
         run_id = _find_or_create_run(client, link, record)
         # Noted only when the run is described: a crash in between repeats it, which changes nothing.
         _describe(client, run_id, record)
+        Link.change(run_dir, run_id=run_id)
         link = link.replaced(run_id=run_id)
-        link.save(run_dir)
     lines = _journal_lines(run_dir)[link.delivered :]
     points: list[Metric] = []
     for line in lines:
@@ -287,9 +299,9 @@ def deliver(run_dir: Path) -> int:
         ) from error
     for start in range(0, len(points), _POINTS_PER_REQUEST):
         client.log_batch(link.run_id, metrics=points[start : start + _POINTS_PER_REQUEST])
-    link = link.replaced(delivered=link.delivered + len(lines))
-    link.save(run_dir)
-    if link.status != "RUNNING":
+    Link.change(run_dir, delivered=link.delivered + len(lines))
+    # The status is of before the lines were read: of a run that was over then, none is missing.
+    if link.status != "RUNNING" and not points_alone:
         _deliver_report(client, link.run_id, run_dir)
         client.set_terminated(link.run_id, link.status)
     return len(lines)

@@ -145,8 +145,8 @@ def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -
     uri, experiment_name = resolve_uri(config.tracking.uri), config.tracking.experiment
     if config.restart:
         discard_journal(run.path)
-    link = Link.open(run.path, uri=uri, experiment=experiment_name)
-    link.replaced(run_name=f"{config.experiment}-{config.budget}").save(run.path)
+    Link.open(run.path, uri=uri, experiment=experiment_name)
+    Link.change(run.path, run_name=f"{config.experiment}-{config.budget}")
     tracker = JournalTracker(run.path, uri=uri, experiment=experiment_name, offline=True)
     numbers = {}
     for label, protocol, *values in result.rows:
