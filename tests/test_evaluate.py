@@ -103,6 +103,16 @@ def test_every_task_leaves_numbers_pictures_and_a_report(task, models, partition
     assert not (config.folder / "mlflow.json").exists()
 
 
+def test_the_record_holds_no_password(models, partitions, digits, tmp_path, monkeypatch):
+    uri = "http://alice:SECRET@host:5000"
+    config = config_of(models, digits, tmp_path, task="closed-set", tracking_uri=uri)
+    monkeypatch.setattr("trainer.evaluate._record", lambda *args: None)  # nobody answers there
+    measure(config, load(config), partitions, Console(quiet=True))
+    for path in config.folder.glob("*.*"):
+        assert "SECRET" not in path.read_text("utf-8")
+    assert json.loads((config.folder / "config.json").read_text())["config"]["tracking_uri"] == "http://host:5000"
+
+
 def test_numbers_are_those_of_the_evaluator(models, partitions, digits, tmp_path):
     config = config_of(models, digits, tmp_path, detector="knn", labels=("mine",))
     (model,) = load(config)

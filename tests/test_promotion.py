@@ -14,10 +14,11 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import write_json
 from tests.models import NAME, finished_run
 from trainer.promotion import Measurement, compare, comparison_table, demote, difference, history_tables, promote
 from trainer.promotion import TestScores as Scores
-from trainer.registry import OpenSetModel, moves, register
+from trainer.registry import OpenSetModel, log_version, moves, register
 from trainer.registry_commands import app
 from trainer.tracking import Link
 
@@ -264,6 +265,32 @@ def test_a_run_is_not_registered_in_the_store_of_another_folder(model, tmp_path,
     with pytest.raises(InputError, match="there is no MLflow store"):
         register(tmp_path / "run", NAME, "champion")
     assert not list((tmp_path / "third").iterdir())
+
+
+def test_a_version_is_noted_with_the_name_of_its_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, other, uri = tmp_path / "run", tmp_path / "other", f"sqlite:///{tmp_path}/store.db"
+    finished_run(run, model, uri)
+    finished_run(other, OpenSetModel(dataclasses.replace(model.card, split_hash="0" * 16), model.encoder, model.gallery,
+                                     model.gallery_labels), uri, "")  # fmt: skip
+    client = MlflowClient(uri)
+    # Of a name that has no version yet, and of one whose version 1 is another run's model.
+    assert register(run, "first", "champion") == "1" and register(other, "prod", "champion") == "1"
+    assert register(run, "prod", "champion") == "2"
+    assert client.get_model_version_by_alias("prod", "champion").run_id == Link.read(run).run_id
+    assert client.get_model_version("prod", "1").tags["split_hash"] == "0" * 16
+    # Again, from a link to either name or of before the name was kept, is the same version.
+    link = Link.read(run)
+    assert (link.model_name, link.version) == ("prod", "2")
+    assert (register(run, "prod", ""), register(run, NAME, ""), register(run, "prod", "")) == ("2", "1", "2")
+    record = {key: value for key, value in link.__dict__.items() if key != "model_name"}
+    write_json(run / "mlflow.json", {**record, "version": "7"})
+    assert (Link.read(run).model_name, register(run, "prod", "")) == (None, "2")
+    # A version with another threshold belongs to the run too, but is not what training made.
+    write_json(run / "mlflow.json", record)
+    recalibrated = log_version(run / "model", "prod", link.run_id, model.card)
+    client.set_model_version_tag("prod", recalibrated, "recalibrated_from", "2")
+    assert recalibrated == "3" and register(run, "prod", "") == "2"
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path):

@@ -476,6 +476,14 @@ def test_a_kill_between_the_metrics_and_the_registry_is_made_good(config, tmp_pa
     (config.folder / "mlflow.json").write_text(json.dumps({**link, "version": None}))
     train(online, QUIET)
     assert len(client.search_model_versions("name='gradmix-digits'")) == 1
+    # Under another name the run is not registered yet.
+    train(dataclasses.replace(online, tracking=TrackingConfig(uri=store, model_name="prod")), QUIET)
+    assert client.get_model_version_by_alias("prod", "champion").run_id == link["run_id"]
+    # A link of before the name was kept beside the version: nothing is done again, the alias stays where it is.
+    (config.folder / "mlflow.json").write_text(json.dumps({key: link[key] for key in link if key != "model_name"}))
+    client.delete_registered_model_alias("gradmix-digits", "champion")
+    train(online, QUIET)
+    assert not client.get_registered_model("gradmix-digits").aliases
 
 
 @pytest.mark.parametrize("settings", [{"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}])

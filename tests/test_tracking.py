@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_json
+from data_pipeline.run_folder import RunFolder
 from trainer import tracking
+from trainer.config import TrackingConfig
+from trainer.recipes import recipe
+from trainer.reproduce.plan import ReproduceConfig
+from trainer.reproduce.runner import opened
 from trainer.tracking import JournalTracker, Link, check_store, deliver, resolve_uri
+from trainer.train import begin
+from tuning.space import SearchSpace
+from tuning.sweep import SweepConfig
+from tuning.sweep import begin as begin_sweep
 
 
 @pytest.fixture
@@ -96,6 +110,33 @@ def test_a_store_that_is_gone_costs_training_nothing_and_loses_nothing(uri, run_
     assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
 
 
+WITH_PASSWORD = TrackingConfig(uri="http://alice:SECRET@host:5000", offline=True)
+
+
+def test_no_record_holds_the_password_of_a_store(uri, run_dir, tmp_path):
+    config = dataclasses.replace(recipe("digits"), tracking=WITH_PASSWORD)
+    begin(config, RunFolder(tmp_path / "training"), {}, "")
+    searched = SweepConfig(base=config, folder=tmp_path / "sweep")
+    begin_sweep(searched, SearchSpace.read(searched.space), RunFolder(searched.path))
+    table = ReproduceConfig(experiment="table2", folder=tmp_path / "tables", tracking=WITH_PASSWORD)
+    opened(table, Console(quiet=True))
+    for folder in (tmp_path / "training", searched.path, table.path):
+        text = (folder / "config.json").read_text()
+        assert "SECRET" not in text and '"uri": "http://host:5000"' in text
+    assert config.tracking == WITH_PASSWORD  # which is what goes on being used
+
+    # Nor does MLflow get the one that a run folder of an earlier version has in its record.
+    record = {"tracking": {"uri": WITH_PASSWORD.uri}, "base": {"tracking": {"uri": WITH_PASSWORD.uri}}}
+    write_json(run_dir / "config.json", {"config": {**record, "tracking_uri": WITH_PASSWORD.uri}, "split_hash": ""})
+    JournalTracker(run_dir, uri=uri, experiment="e", offline=True).close("FINISHED")
+    deliver(run_dir)
+    client, run_id = MlflowClient(uri), Link.read(run_dir).run_id
+    expected = dict.fromkeys(("tracking.uri", "base.tracking.uri", "tracking_uri"), "http://host:5000")
+    assert client.get_run(run_id).data.params == expected
+    artifact = Path(client.download_artifacts(run_id, "config.json", str(tmp_path)))
+    assert "SECRET" not in artifact.read_text() and "http://host:5000" in artifact.read_text()
+
+
 class Failing(BaseHTTPRequestHandler):
     """A server that is there and answers everything with an error."""
 
@@ -126,6 +167,35 @@ def test_a_server_that_answers_with_errors_is_asked_again_later(uri, run_dir, mo
     JournalTracker(run_dir, uri=uri, experiment="e").close("FINISHED")
     link = Link.read(run_dir)
     assert points(uri, link.run_id, "loss") == [(step, float(step)) for step in range(5)]
+
+
+def test_the_end_of_a_run_is_noted_while_a_delivery_hangs(uri, run_dir, monkeypatch):
+    """Neither waits for the other, and neither takes back what the other has noted."""
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 0.1)
+    hangs, goes_on, log_batch = threading.Event(), threading.Event(), MlflowClient.log_batch
+
+    def hanging(self, run_id, metrics=(), params=()):
+        if metrics:
+            hangs.set()
+            goes_on.wait(60)
+        log_batch(self, run_id, metrics=metrics, params=params)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hanging)
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e")
+    tracker.log({"loss": 1.0}, 1)
+    assert hangs.wait(60)
+    tracker.log({"loss": 2.0}, 2)
+    tracker.close("FINISHED")
+    link = Link.read(run_dir)
+    assert (link.status, link.delivered) == ("FINISHED", 0)
+    Link.change(run_dir, version="1", model_name="m")
+    goes_on.set()
+    tracker._thread.join(60)
+    # Nor is what was going on taken for all there is.
+    assert Link.read(run_dir) == link.replaced(delivered=1, version="1", model_name="m")
+    assert MlflowClient(uri).get_run(link.run_id).info.status == "RUNNING"
+    assert deliver(run_dir) == 1 and points(uri, link.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert MlflowClient(uri).get_run(link.run_id).info.status == "FINISHED"
 
 
 def test_a_crash_before_the_parameters_arrived_is_made_good(uri, run_dir, monkeypatch):
@@ -175,6 +245,84 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "store.db").write_text("this is no database, though it is long enough to be looked at as one" * 20)
     with pytest.raises(InputError, match="cannot be used"):
         check_store(f"sqlite:///{tmp_path}/store.db")
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A server that wants alice's password, except for being asked whether it is there."""
+
+    expected = "Basic " + base64.b64encode(b"alice:SECRET").decode()
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        granted = self.path == "/health" or self.headers["Authorization"] == self.expected
+        self.send_response(200 if granted else 401)
+        self.end_headers()
+        self.wfile.write(b"{}" if granted else b"You are not authenticated.")
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """HOST:PORT of a server that wants a password, asked from a machine that knows none."""
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Guarded.asked.clear()
+    server = HTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_server_that_refuses_the_password_is_one_line_before_anything_is_trained(guarded, tmp_path, monkeypatch):
+    refused = r"server http://127.0.0.1:\d+ refuses access \(401 Unauthorized, You are not auth"
+    with pytest.raises(InputError, match=f"{refused}.*MLFLOW_TRACKING_USERNAME .* ~/.mlflow/credentials, or .*USER:"):
+        check_store(f"http://{guarded}")
+    assert len(Guarded.asked) == 2  # and nothing is tried again
+    with pytest.raises(InputError, match=refused) as error:
+        check_store(f"http://alice:WRONG@{guarded}")
+    assert "WRONG" not in str(error.value)
+    # Every way in which MLflow itself finds them.
+    check_store(f"http://alice:SECRET@{guarded}")
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = alice\nmlflow_tracking_password = SECRET\n"
+    )
+    check_store(f"http://{guarded}")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "WRONG")
+    with pytest.raises(InputError, match=refused):
+        check_store(f"http://{guarded}")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "SECRET")
+    check_store(f"http://{guarded}/")
+
+
+def test_a_server_that_is_there_but_fails_is_one_line(monkeypatch):
+    class Half(Guarded):
+        seconds = 0.0
+
+        def do_GET(self) -> None:
+            time.sleep(self.seconds if self.path != "/health" else 0)
+            self.send_response(200 if self.path == "/health" else 500)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Half)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match=r"cannot be used \(500 Internal Server Error\): look at its log"):
+            check_store(f"http://127.0.0.1:{server.server_port}")
+        # Nor is one that takes the request and says nothing waited for.
+        monkeypatch.setattr(tracking, "_CHECK_SECONDS", 0.2)
+        monkeypatch.setattr(Half, "seconds", 1.0)
+        started = time.perf_counter()
+        with pytest.raises(InputError, match=r"does not answer \(API request to http://127.*: start it") as error:
+            check_store(f"http://alice:SECRET@127.0.0.1:{server.server_port}")
+        assert time.perf_counter() - started < 3 and "SECRET" not in str(error.value)
+    finally:
+        server.shutdown()
 
 
 def test_the_store_is_the_given_one_then_the_environments_then_sqlite(monkeypatch):

@@ -7,7 +7,6 @@ of another method is not offered. Its defaults are those of `trainer.recipes`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from data_pipeline.errors import InputError
 from data_pipeline.views import ViewConfig
+from trainer.records import as_record
 
 Layer = Literal["conv3_2", "conv4_2", "conv5_2"]
 Architecture = Literal["resnet18", "resnet34", "resnet50"]
@@ -407,8 +407,8 @@ class TrainConfig:
         return self.tracking.model_name or f"{self.method}-{self.protocol}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        """As plain JSON values, without passwords."""
+        return as_record(self)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Scores follow one convention everywhere: larger means more known.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -50,8 +49,9 @@ from trainer.evaluation.report import TableResult, provenance, write_report
 from trainer.evaluation.robustness import AdversarialAttacks, CommonCorruptions
 from trainer.recipes import recipe
 from trainer.recognition import evaluate_open_set, metrics_table
+from trainer.records import as_record, without_password
 from trainer.registry import OpenSetModel, load_model
-from trainer.tracking import JournalTracker, discard_journal, resolve_uri, without_password
+from trainer.tracking import JournalTracker, discard_journal, resolve_uri
 
 Task = Literal[
     "osr", "closed-set", "ood", "detectors", "corruptions", "linear-probe", "intrinsic-dimension", "attribution",
@@ -217,7 +217,7 @@ def measure(
         raise InputError(f"protocol {protocol.name} has no unknown class to recognise: use --task closed-set")
     evaluator = config.evaluator(protocol)
     run = RunFolder(config.folder, console)
-    run.write_config({"config": _plain(config), "split_hash": protocol.split_hash, "commit": source_commit()})
+    run.write_config({"config": as_record(config), "split_hash": protocol.split_hash, "commit": source_commit()})
     evaluations = {}
     for label, each in zip(config.named, models):
         subject = Subject(
@@ -327,10 +327,6 @@ def _record(config: EvaluateConfig, evaluations: dict[str, Evaluation], run: Run
 def _metric_name(label: str) -> str:
     """`label` without the characters that MLflow does not take in the name of a metric."""
     return re.sub(r"[^\w\-. /]", "-", label)
-
-
-def _plain(config: EvaluateConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def _progress(console: Console, label: str) -> Track:

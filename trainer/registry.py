@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ from data_pipeline.views import render_plain
 from trainer.config import Classifier, EncoderConfig, Features, check_alias
 from trainer.encoder import Encoder, embed, encode, load_encoder, save_encoder
 from trainer.open_set import Scores, class_scores, neighbours, score
-from trainer.tracking import Link, check_store, deliver, resolve_uri, without_password
+from trainer.records import without_password
+from trainer.tracking import Link, check_store, deliver, resolve_uri
 
 if TYPE_CHECKING:  # imported where it is used: MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion
@@ -210,6 +212,7 @@ class OpenSetModel:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> OpenSetModel:
+        """The model of a folder, which is not needed any more when this returns."""
         card = ModelCard.read(folder / "model.json")
         encoder = Encoder(card.encoder, card.channels, card.classifier, len(card.class_names))
         if card.features == "backbone":
@@ -218,8 +221,10 @@ class OpenSetModel:
         # Models of earlier versions have neither of these.
         ids, calibration = folder / "gallery_ids.json", folder / "calibration.safetensors"
         try:
-            gallery = load_file(folder / "gallery.safetensors", device=str(device))
-            scores = load_file(calibration)["scores"] if calibration.is_file() else None
+            # Copied, since safetensors maps the file into memory.
+            gallery = load_file(folder / "gallery.safetensors")
+            gallery = {name: tensor.to(device, copy=True) for name, tensor in gallery.items()}
+            scores = load_file(calibration)["scores"].clone() if calibration.is_file() else None
         except (OSError, SafetensorError) as error:
             raise InputError(f"the model in {folder} is damaged ({error}): get it again") from error
         return cls(
@@ -258,16 +263,25 @@ def register(run_dir: Path, model_name: str, alias: str) -> str:
     link = Link.read(run_dir)
     mlflow.set_tracking_uri(link.uri)
     client = MlflowClient(link.uri)
-    # A crash between the registration and the note of it leaves a version of this run: it is taken, not made again.
-    found = client.search_model_versions(f"run_id = '{link.run_id}'") if link.version is None else []
-    version = link.version or next((str(each.version) for each in found if each.name == model_name), None)
+    # Versions are numbered for each name: that of another one says nothing.
+    version = link.version if link.model_name == model_name else None
+    version = version or _version_of_run(client, model_name, link.run_id)
     if version is None:
         version = log_version(run_dir / "model", model_name, link.run_id, card)
     client.set_model_version_tag(model_name, version, "split_hash", card.split_hash)
     if alias:
         move_alias(client, model_name, alias, version, "registered after training")
-    link.replaced(version=version).save(run_dir)
+    Link.change(run_dir, version=version, model_name=model_name)
     return version
+
+
+def _version_of_run(client: MlflowClient, model_name: str, run_id: str | None) -> str | None:
+    """The version of `model_name` that a run was registered as, also where a crash came before the note of it."""
+    for found in client.search_model_versions(f"run_id = '{run_id}'"):
+        # One with another threshold belongs to the run too, but is not what training made.
+        if found.name == model_name and "recalibrated_from" not in found.tags:
+            return str(found.version)
+    return None
 
 
 def log_version(folder: Path, model_name: str, run_id: str, card: ModelCard) -> str:
@@ -322,21 +336,26 @@ def load_model(uri: str, tracking_uri: str | None = None, device: torch.device |
         return OpenSetModel.load(Path(uri), device)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+    from mlflow.utils.uri import is_local_uri
 
     store = resolve_uri(tracking_uri)
     check_store(store, must_exist=True)
     mlflow.set_tracking_uri(store)
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
-    except MlflowException as error:
-        raise InputError(
-            f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
-        ) from error
-    # MLflow keeps the folder that was logged somewhere inside its own.
-    found = sorted(folder.rglob("model.json"))
-    if not found:
-        raise InputError(f"the registered model in {folder} is not one of this project: register it again")
-    return OpenSetModel.load(found[0].parent, device)
+    with tempfile.TemporaryDirectory() as fetched:
+        try:
+            # Files of this machine are read where they lie; MLflow would leave a copy of others behind at every call.
+            is_here = is_local_uri(ModelsArtifactRepository.get_underlying_uri(uri), is_tracking_or_registry_uri=False)
+            folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if is_here else fetched))
+        except MlflowException as error:
+            raise InputError(
+                f"{uri} is not in the MLflow store {without_password(store)}: {_known_models(store)}"
+            ) from error
+        # MLflow keeps the folder that was logged somewhere inside its own.
+        found = sorted(folder.rglob("model.json"))
+        if not found:
+            raise InputError(f"the registered model {uri} is not one of this project: register it again")
+        return OpenSetModel.load(found[0].parent, device)
 
 
 def _known_models(store: str) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -28,6 +27,7 @@ import tyro
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import full_disk_is_bad_input, read_json, write_json
+from trainer.records import without_password, without_passwords
 
 DEFAULT_URI = "sqlite:///mlruns.db"
 
@@ -37,6 +37,9 @@ _PARAMS_PER_REQUEST = 100
 _PARAM_LENGTH = 500
 _RETRY_SECONDS = 5.0
 _CLOSE_SECONDS = 30.0
+_CHECK_SECONDS = 5.0
+_REFUSED = (401, 403)
+_changing = threading.Lock()
 
 # The client's own retries block a caller for minutes when the server is gone; here the journal does the retrying.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -84,19 +87,13 @@ def check_store(uri: str, *, must_exist: bool = False) -> None:
         must_exist: also refuse an SQLite file that is not there yet, which writing would create.
 
     Raises:
-        InputError: it does not answer, cannot be opened, or is of a kind MLflow does not know.
+        InputError: it does not answer, refuses user and password, cannot be opened, or is of a kind MLflow does not
+            know.
     """
     shown = without_password(uri)
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-                return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise InputError(
-                f"the MLflow server {shown} does not answer ({getattr(error, 'reason', error)}): start it, correct the "
-                "URI, or train with --tracking.offline to record in the run folder and deliver later"
-            ) from error
+        _check_server(uri)
     elif parts.scheme == "sqlite":
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.parent.is_dir():
@@ -118,9 +115,39 @@ def check_store(uri: str, *, must_exist: bool = False) -> None:
         )
 
 
-def without_password(uri: str) -> str:
-    """`uri` as it may be shown: user and password removed."""
-    return re.sub(r"://[^/]*@", "://", uri)
+def _check_server(uri: str) -> None:
+    """Ask a server whether it is there, which needs no password, and then for something that does, once each."""
+    shown = without_password(uri)
+    remedy = "start it, correct the URI, or train with --tracking.offline to record in the run folder and deliver later"
+    try:
+        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=_CHECK_SECONDS):
+            pass
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) not in _REFUSED:  # by a proxy that wants a password for everything
+            reason = getattr(error, "reason", error)
+            raise InputError(f"the MLflow server {shown} does not answer ({reason}): {remedy}") from error
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(
+            get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search", "GET", params={"max_results": 1},
+            max_retries=0, timeout=_CHECK_SECONDS, raise_on_status=False,
+        )  # fmt: skip
+    except MlflowException as error:
+        reason = without_password(str(error))
+        raise InputError(f"the MLflow server {shown} does not answer ({reason}): {remedy}") from error
+    said = f"{answer.status_code} {answer.reason}"
+    if answer.text and not answer.text.lstrip().startswith(("<", "{")):
+        said += f", {' '.join(answer.text.split())[:200]}"
+    if answer.status_code in _REFUSED:
+        raise InputError(
+            f"the MLflow server {shown} refuses access ({said}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, write them to ~/.mlflow/credentials, or give http://USER:PASSWORD@HOST:PORT"
+        )
+    if answer.status_code >= 400:
+        raise InputError(f"the MLflow server {shown} cannot be used ({said}): look at its log, or correct the URI")
 
 
 @dataclass(frozen=True)
@@ -138,6 +165,8 @@ class Link:
     status: str = "RUNNING"
     version: str | None = None
     """Of the run's model in the registry; None: not registered yet."""
+    model_name: str | None = None
+    """Which registered model the version is of; None: not noted, as in links written earlier."""
     parent: str | None = None
     """The MLflow run that this one is nested in."""
 
@@ -148,7 +177,8 @@ class Link:
             link = cls.read(run_dir)
             if (link.uri, link.experiment) == (uri, experiment):
                 return link
-            link = link.replaced(uri=uri, experiment=experiment, run_id=None, delivered=0, version=None)
+            new = {"run_id": None, "delivered": 0, "version": None, "model_name": None}
+            link = link.replaced(uri=uri, experiment=experiment, **new)
         else:
             link = cls(uri=uri, experiment=experiment, run_name=run_dir.name, key=uuid.uuid4().hex, parent=parent)
         link.save(run_dir)
@@ -167,6 +197,14 @@ class Link:
     def replaced(self, **changes: Any) -> Link:
         return Link(**{**self.__dict__, **changes})
 
+    @classmethod
+    def change(cls, run_dir: Path, **changes: Any) -> Link:
+        """Change these fields alone of a run folder's link: another thread may be changing others. Returns it."""
+        with _changing:
+            link = cls.read(run_dir).replaced(**changes)
+            link.save(run_dir)
+        return link
+
 
 class JournalTracker:
     """Journals to the run folder, and delivers to MLflow in the background unless `offline`."""
@@ -179,7 +217,8 @@ class JournalTracker:
         self._logged = {(line["step"], *line["metrics"]) for line in _journal_lines(run_dir)}
         _drop_cut_line(run_dir / "journal.jsonl")
         self._journal = (run_dir / "journal.jsonl").open("a", encoding="utf-8")
-        Link.open(run_dir, uri=uri, experiment=experiment, parent=parent).replaced(status="RUNNING").save(run_dir)
+        Link.open(run_dir, uri=uri, experiment=experiment, parent=parent)
+        Link.change(run_dir, status="RUNNING")
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = None
         if not offline:
@@ -204,29 +243,31 @@ class JournalTracker:
         """End the run as FINISHED, FAILED or KILLED, and give delivery half a minute to catch up."""
         with contextlib.suppress(OSError):  # a full disk; what it has not taken is at most the line that said so
             self._journal.close()
-        self._stop.set()
-        self._wake.set()
+        try:
+            # Before the wait, which may be in vain: what was not delivered in time is delivered later as it ended.
+            Link.change(self._run_dir, status=status)
+        finally:
+            self._stop.set()
+            self._wake.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
-            if self._thread.is_alive():
-                return
-        Link.read(self._run_dir).replaced(status=status).save(self._run_dir)
-        if self._thread is not None:
-            went_through(lambda: deliver(self._run_dir))
+            if not self._thread.is_alive():
+                went_through(lambda: deliver(self._run_dir))
 
     def _deliver(self) -> None:
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not went_through(lambda: deliver(self._run_dir)) and not self._stop.wait(_RETRY_SECONDS):
+            went = went_through(lambda: deliver(self._run_dir, points_alone=True))
+            if not went and not self._stop.wait(_RETRY_SECONDS):
                 self._wake.set()
 
 
-def deliver(run_dir: Path) -> int:
+def deliver(run_dir: Path, *, points_alone: bool = False) -> int:
     """Bring MLflow up to date with a run folder; returns how many journal lines were new to it.
 
     Makes the MLflow run if there is none yet, with the configuration as parameters and the split hash as a tag. When
-    the run is over, its report and figures follow as artifacts.
+    the run is over, its report and figures follow as artifacts, unless the `points_alone` are asked for.
     """
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException
@@ -241,8 +282,8 @@ def deliver(run_dir: Path) -> int:
         run_id = _find_or_create_run(client, link, record)
         # Noted only when the run is described: a crash in between repeats it, which changes nothing.
         _describe(client, run_id, record)
+        Link.change(run_dir, run_id=run_id)
         link = link.replaced(run_id=run_id)
-        link.save(run_dir)
     lines = _journal_lines(run_dir)[link.delivered :]
     points: list[Metric] = []
     for line in lines:
@@ -258,9 +299,9 @@ def deliver(run_dir: Path) -> int:
         ) from error
     for start in range(0, len(points), _POINTS_PER_REQUEST):
         client.log_batch(link.run_id, metrics=points[start : start + _POINTS_PER_REQUEST])
-    link = link.replaced(delivered=link.delivered + len(lines))
-    link.save(run_dir)
-    if link.status != "RUNNING":
+    Link.change(run_dir, delivered=link.delivered + len(lines))
+    # The status is of before the lines were read: of a run that was over then, none is missing.
+    if link.status != "RUNNING" and not points_alone:
         _deliver_report(client, link.run_id, run_dir)
         client.set_terminated(link.run_id, link.status)
     return len(lines)
@@ -316,10 +357,11 @@ def _describe(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
     """The configuration as parameters, and as a file."""
     from mlflow.entities import Param
 
+    record = without_passwords(record)  # run folders of earlier versions hold them
     params = [Param(key, value[:_PARAM_LENGTH]) for key, value in _flatten(record.get("config", {})).items()]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
-    client.log_dict(run_id, dict(record), "config.json")
+    client.log_dict(run_id, record, "config.json")
 
 
 def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from trainer.evaluation.report import hardware
 from trainer.loop import training_epochs
 from trainer.recipes import recipe
 from trainer.recognition import build_model, evaluate_open_set, metrics_table
+from trainer.records import without_password
 from trainer.registry import register
 from trainer.roll_call import roll_call
 from trainer.step import Trainer
@@ -46,7 +47,6 @@ from trainer.tracking import (
     check_store,
     discard_journal,
     resolve_uri,
-    without_password,
 )
 
 
@@ -201,7 +201,9 @@ def begin(config: TrainConfig, run: RunFolder, identity: dict[str, Any], split_h
 
 def register_once(config: TrainConfig, run: RunFolder, uri: str) -> None:
     """Register the finished run's model, unless that is done."""
-    if Link.open(run.path, uri=uri, experiment=config.tracking.experiment).version is not None:
+    link = Link.open(run.path, uri=uri, experiment=config.tracking.experiment)
+    # A link without a name is of an earlier version of this project, which registered a run once.
+    if link.version is not None and link.model_name in (None, config.model_name):
         return
     version = register(run.path, config.model_name, config.tracking.alias)
     alias = f" as @{config.tracking.alias}" if config.tracking.alias else ""

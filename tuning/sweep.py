@@ -25,6 +25,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import write_json
 from data_pipeline.protocols import Protocol
 from data_pipeline.run_folder import RunFolder, source_commit
+from trainer.records import as_record, without_password
 from trainer.tracking import (
     JournalTracker,
     Link,
@@ -32,7 +33,6 @@ from trainer.tracking import (
     deliver,
     resolve_uri,
     went_through,
-    without_password,
 )
 from tuning.config import SweepConfig, parse_config
 from tuning.report import Trial, draw, table_of
@@ -160,7 +160,7 @@ def begin(config: SweepConfig, space: SearchSpace, run: RunFolder) -> None:
         raise InputError(f"{run.path} holds a sweep with other {', '.join(different)}: name another --folder")
     run.write_config(
         {
-            "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+            "config": as_record(config),
             "identity": record,
             "split_hash": protocol.split_hash if protocol else "",
             "commit": source_commit(),

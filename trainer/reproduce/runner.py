@@ -39,6 +39,7 @@ from trainer.distributed import SharedError, from_first_rank, world_size
 from trainer.encoder import Encoder
 from trainer.engine import join_ranks, read_deepspeed_config
 from trainer.evaluation.report import Number, TableResult
+from trainer.records import as_record, without_password
 from trainer.reproduce.budget import BUDGETS
 from trainer.reproduce.experiments import EXPERIMENTS, experiment
 from trainer.reproduce.measure import Data, compute
@@ -53,7 +54,6 @@ from trainer.tracking import (
     discard_journal,
     resolve_uri,
     went_through,
-    without_password,
 )
 
 
@@ -145,8 +145,8 @@ def record_table(config: ReproduceConfig, result: TableResult, run: RunFolder) -
     uri, experiment_name = resolve_uri(config.tracking.uri), config.tracking.experiment
     if config.restart:
         discard_journal(run.path)
-    link = Link.open(run.path, uri=uri, experiment=experiment_name)
-    link.replaced(run_name=f"{config.experiment}-{config.budget}").save(run.path)
+    Link.open(run.path, uri=uri, experiment=experiment_name)
+    Link.change(run.path, run_name=f"{config.experiment}-{config.budget}")
     tracker = JournalTracker(run.path, uri=uri, experiment=experiment_name, offline=True)
     numbers = {}
     for label, protocol, *values in result.rows:
@@ -176,8 +176,7 @@ def opened(config: ReproduceConfig, console: Console) -> RunFolder | NullRunFold
 
     def open_folder() -> None:
         folders.append(RunFolder(config.path, console))
-        asked = {key: str(value) for key, value in dataclasses.asdict(config).items()}
-        folders[0].write_config({"config": asked, "commit": source_commit()})
+        folders[0].write_config({"config": as_record(config), "commit": source_commit()})
 
     from_first_rank(open_folder)
     return folders[0] if folders else NullRunFolder(config.path)
