@@ -92,6 +92,17 @@ def test_a_resumed_run_repeats_no_point(uri, run_dir):
     assert len(MlflowClient(uri).search_runs(["1"])) == 1
 
 
+def test_a_damaged_journal_names_the_line(uri, run_dir):
+    """As a machine leaves it that lost its power."""
+    tracker = JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+    tracker.log({"x": 1.0}, 1)
+    tracker.close("KILLED")
+    with (run_dir / "journal.jsonl").open("ab") as file:
+        file.write(bytes(40) + b"\n")
+    with pytest.raises(InputError, match=r"journal.jsonl is damaged in line 2: remove that line"):
+        JournalTracker(run_dir, uri=uri, experiment="e", offline=True)
+
+
 def test_a_store_that_is_gone_costs_training_nothing_and_loses_nothing(uri, run_dir, monkeypatch):
     monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.05)
     with socket.socket() as probe:

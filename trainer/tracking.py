@@ -237,6 +237,8 @@ class JournalTracker:
         with full_disk_is_bad_input(self._run_dir / "journal.jsonl"):
             self._journal.write(json.dumps(line) + "\n")
             self._journal.flush()
+            # As durable as the checkpoint that may follow: a run that goes on from there does not log it again.
+            os.fsync(self._journal.fileno())
         self._wake.set()
 
     def close(self, status: str) -> None:
@@ -367,8 +369,14 @@ def _describe(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
 def _journal_lines(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "journal.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = []
     # What follows the last line break is being written, or was cut short by a crash.
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged in line {number}: remove that line, whose numbers are lost") from error
+    return lines
 
 
 def _drop_cut_line(path: Path) -> None:
