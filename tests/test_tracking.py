@@ -128,7 +128,7 @@ def test_no_record_holds_the_password_of_a_store(uri, run_dir, tmp_path):
     config = dataclasses.replace(recipe("digits"), tracking=WITH_PASSWORD)
     begin(config, RunFolder(tmp_path / "training"), {}, "")
     searched = SweepConfig(base=config, folder=tmp_path / "sweep")
-    begin_sweep(searched, SearchSpace.read(searched.space), RunFolder(searched.path))
+    begin_sweep(searched, SearchSpace.read(searched.space, searched.trial_config), RunFolder(searched.path))
     table = ReproduceConfig(experiment="table2", folder=tmp_path / "tables", tracking=WITH_PASSWORD)
     opened(table, Console(quiet=True))
     for folder in (tmp_path / "training", searched.path, table.path):
