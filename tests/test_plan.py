@@ -24,7 +24,7 @@ def test_every_cell_of_every_experiment_is_a_configuration(name, budget):
     assert len(set(names)) == len(names) and set(chosen.protocols) <= set(protocol_names())
     assert len({cell.folder for cell in cells}) == len(cells)
     variants = {variant.name: variant for variant in chosen.variants}
-    runs = sum(len(chosen.splits or range(split_count(p))) for p in chosen.protocols) * len(chosen.seeds)
+    runs = sum(split_count(p) for p in chosen.protocols) * len(chosen.seeds)
     assert len(cells) == runs * len(variants)
     for row in chosen.rows:
         # Every number of the table is found by a measure of its variant.
@@ -78,7 +78,7 @@ def test_what_is_trained_otherwise_or_on_other_images_is_another_run(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"gradient_clipping": 1.0}')
     changes = [
-        {}, {"splits": (1,)}, {"seeds": (1,)}, {"budget": "smoke"}, {"budget": "short"}, {"protocol": "cifar10-closed"},
+        {}, {"splits": (1,)}, {"seeds": (1,)}, {"budget": "smoke"}, {"budget": "short"}, {"protocol": "tinyimagenet"},
         {"protocol": "cifar+10"}, {"deepspeed_config": path},
     ]  # fmt: skip
     runs = [folder for change in changes for folder in folders("table2", **change).values()]
@@ -92,7 +92,11 @@ def test_what_is_trained_otherwise_or_on_other_images_is_another_run(tmp_path):
     fewer = dataclasses.replace(cell.protocol, classes=dataclasses.replace(cell.protocol.classes, train_images=600))
     assert training_name(cell.config, fewer) != training_name(cell.config, cell.protocol) == cell.config.folder.name
     # A run that keeps its states for the course of training, or a model that answers otherwise.
-    for change in ({"keep_checkpoints": 9}, {"k": 3}, {"accept": 0.9}):
+    changes = [
+        {"keep_checkpoints": 9}, {"k": 3}, {"accept": 0.9}, {"score_on": "backbone"}, {"compile": True},
+        {"init_from": tmp_path},
+    ]  # fmt: skip
+    for change in changes:
         assert training_name(dataclasses.replace(cell.config, **change), cell.protocol) != cell.config.folder.name
 
 
@@ -101,6 +105,7 @@ def test_what_is_trained_otherwise_or_on_other_images_is_another_run(tmp_path):
     [
         ({"experiment": "table9"}, "unknown experiment 'table9'; known: table1"),
         ({"protocols": ("cifar",)}, "unknown protocol 'cifar'; known: digits"),
+        ({"protocols": ("custom",)}, "custom is for images of your own: use trainer.train and trainer.evaluate"),
         ({"variants": ("softmax",)}, "unknown variant 'softmax'; known: gradmix"),
         ({"splits": (-1,)}, "set --splits and --seeds to 0 or more"),
     ],
@@ -108,3 +113,9 @@ def test_what_is_trained_otherwise_or_on_other_images_is_another_run(tmp_path):
 def test_what_does_not_exist_is_refused_with_what_does(change, message):
     with pytest.raises(InputError, match=re.escape(message)):
         ReproduceConfig(**{"experiment": "table2", **change})
+
+
+def test_a_table_of_unknown_classes_wants_some():
+    with pytest.raises(InputError, match="cifar10-closed has no unknown class, and table2 measures how"):
+        plan(ReproduceConfig(experiment="table2", protocols=("cifar10-closed",)))
+    assert plan(ReproduceConfig(experiment="table3", protocols=("cifar10-closed",)))

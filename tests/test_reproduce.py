@@ -27,7 +27,7 @@ from trainer.recipes import recipe
 from trainer.registry import OpenSetModel
 from trainer.reproduce import measure
 from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
-from trainer.reproduce.plan import ReproduceConfig, plan, training_name
+from trainer.reproduce.plan import ReproduceConfig, plan
 from trainer.reproduce.runner import reproduce
 from trainer.step import Trainer
 
@@ -320,20 +320,3 @@ def test_a_table_in_mlflow_and_a_store_that_does_not_answer(tmp_path):
     assert {"report.html", "table.json", "table.csv", "table.txt", "figures"} <= names
     value = next(row for row in result.rows if row[0] == "SupCon")[3].value
     assert run.data.metrics["digits/SupCon/AUROC"] == pytest.approx(value)
-
-
-def test_what_cannot_be_measured_is_said_before_anything_is_trained():
-    config = ReproduceConfig(experiment="table2", protocols=("cifar10-closed",))
-    with pytest.raises(InputError, match="cifar10-closed has no unknown class, and table2 measures how"):
-        reproduce(config, output())
-    with pytest.raises(InputError, match="custom is for images of your own"):
-        ReproduceConfig(experiment="table2", protocols=("custom",))
-    assert not Path("reproductions").exists()
-
-
-def test_a_folder_is_named_after_all_that_decides_what_is_left_in_it():
-    (cell,) = plan(ReproduceConfig(experiment="table2", protocols=("digits",), splits=(0,), variants=("gradmix",)))
-    for change in ({"score_on": "backbone"}, {"compile": True}, {"k": 3}, {"init_from": Path("x")}, {"seed": 1}):
-        other = dataclasses.replace(cell.config, **change)
-        assert training_name(other, cell.protocol) != cell.config.folder.name, change
-    assert training_name(dataclasses.replace(cell.config, workers=2), cell.protocol) == cell.config.folder.name

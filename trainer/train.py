@@ -6,13 +6,13 @@ the steps one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import resource
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -65,28 +65,36 @@ def train(config: TrainConfig, console: Console | None, partitions: Partitions |
     if not config.tracking.offline:
         from_first_rank(lambda: check_store(uri))
     run, finished = open_run(config, identity, console)
-    if not finished:
-        trainer = Trainer(config, partitions)
-        # Not before everything is known to fit: what the folder holds may be discarded here.
-        from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
-        run.log(
-            f"{build.protocol.name}, split {build.protocol.split}: {trainer.loader.count:,} training images of "
-            f"{len(build.protocol.known)} classes, {len(trainer.loader)} steps an epoch, {world_size()} x {device.type}"
-        )
-        tracker = open_tracker(config, run, uri)
-        try:
-            seconds = run_training(trainer, run, tracker, identity)
-            from_first_rank(lambda: finish(trainer, run, tracker, seconds))
-        except BaseException as error:
-            interrupted = isinstance(error, (KeyboardInterrupt, cli.Preempted))
-            tracker.close("KILLED" if interrupted else "FAILED")
-            raise
-        tracker.close("FINISHED")
-    if not config.tracking.offline:
-        from_first_rank(lambda: register_once(config, run, uri))
+    with contextlib.closing(run):
+        if not finished:
+            train_and_measure(config, partitions, run, identity, uri)
+        if not config.tracking.offline:
+            from_first_rank(lambda: register_once(config, run, uri))
+        again = f"{run.path} holds the finished run; --restart would begin it again"
+        run.log(again if finished else f"written to {run.path}")
+
+
+def train_and_measure(
+    config: TrainConfig, partitions: Partitions, run: RunFolder | NullRunFolder, identity: dict[str, Any], uri: str
+) -> None:
+    """From the first step, or the one after the last checkpoint, to `metrics.json`, recorded in MLflow on the way."""
+    trainer, build = Trainer(config, partitions), partitions.build
+    # Not before everything is known to fit: what the folder holds may be discarded here.
+    from_first_rank(lambda: begin(config, run, identity, build.manifest.split_hash))
     run.log(
-        f"{run.path} holds the finished run; --restart would begin it again" if finished else f"written to {run.path}"
+        f"{build.protocol.name}, split {build.protocol.split}: {trainer.loader.count:,} training images of "
+        f"{len(build.protocol.known)} classes, {len(trainer.loader)} steps an epoch, "
+        f"{world_size()} x {trainer.device.type}"
     )
+    tracker = open_tracker(config, run, uri)
+    try:
+        seconds = run_training(trainer, run, tracker, identity)
+        from_first_rank(lambda: finish(trainer, run, tracker, seconds))
+    except BaseException as error:
+        interrupted = isinstance(error, (KeyboardInterrupt, cli.Preempted))
+        tracker.close("KILLED" if interrupted else "FAILED")
+        raise
+    tracker.close("FINISHED")
 
 
 def run_training(trainer: Trainer, run: RunFolder | NullRunFolder, tracker: Tracker, identity: dict[str, Any]) -> float:
@@ -221,7 +229,7 @@ def versions() -> dict[str, str]:
     """What this run was computed with."""
     found = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "deepspeed", "ffcv", "triton", "numpy"):
-        with suppress(metadata.PackageNotFoundError):  # an exported build needs no ffcv
+        with contextlib.suppress(metadata.PackageNotFoundError):  # an exported build needs no ffcv
             found[name] = metadata.version(name)
     return found
 

@@ -12,6 +12,7 @@ unfinished one resumes from its checkpoint, a failed one is tried again. What an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -71,10 +72,24 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
     from_first_rank(lambda: console.print(overview(config, cells, missing, device)))
     if config.dry_run:
         return None
-    run = opened(config, console)
-    if config.restart:
-        from_first_rank(lambda: discard(cells))
-    data = Data(config, device, console)
+    with contextlib.closing(opened(config, console)) as run:
+        if config.restart:
+            from_first_rank(lambda: discard(cells))
+        failed = compute_cells(config, todo, Data(config, device, console), run, console)
+        result = from_first_rank(lambda: write_tables(config, cells, failed, console))
+        if not config.tracking.offline:
+            from_first_rank(lambda: record_table(config, result, run))
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(cells)} cells failed; the same command tries them again. First: {failed[0]}"
+        )
+    return result
+
+
+def compute_cells(
+    config: ReproduceConfig, todo: Sequence[Cell], data: Data, run: RunFolder | NullRunFolder, console: Console
+) -> list[str]:
+    """Train and measure one after the other; returns a line for each that failed."""
     failed, tracking = [], config.tracking
     for number, cell in enumerate(todo, 1):
         tracking = from_first_rank(partial(answering, config, tracking, run))
@@ -95,19 +110,11 @@ def reproduce(config: ReproduceConfig, console: Console) -> TableResult | None:
                 trace = config.path / f"{cell.name}.error.txt"
                 trace.write_text(traceback.format_exc(), encoding="utf-8")
                 failed[-1] = f"{cell.name}: {type(error).__name__}: {error} (see {trace})"
+            run.log(f"failed, going on with the next: {failed[-1]}")
         else:
             run.log(f"{numbers} ({config.budget} budget)")
             (config.path / f"{cell.name}.error.txt").unlink(missing_ok=True)
-            continue
-        run.log(f"failed, going on with the next: {failed[-1]}")
-    result = from_first_rank(lambda: write_tables(config, cells, failed, console))
-    if not config.tracking.offline:
-        from_first_rank(lambda: record_table(config, result, run))
-    if failed:
-        raise InputError(
-            f"{len(failed)} of {len(cells)} cells failed; the same command tries them again. First: {failed[0]}"
-        )
-    return result
+    return failed
 
 
 def answering(config: ReproduceConfig, tracking: TrackingConfig, run: RunFolder | NullRunFolder) -> TrackingConfig:
