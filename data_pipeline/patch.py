@@ -11,31 +11,45 @@ Shapes: N images, C channels of H×W, P patches. Places are (y, x) in [0, 1].
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.dispatch import use_triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Channels that lie side by side are resized as one, of which more would mostly multiply with zeros.
+LARGEST_DEPTH = 4
 
 
 def paste_patches(mixed: Tensor, images: Tensor, partner: Tensor, centers: Tensor, gamma: float | Tensor) -> None:
     """Put into `mixed`, a copy of `images` (N, C, H, W) in the same memory format, the patches at `centers` (N, P, 2)
     that show the images `partner` (N,) int64; `gamma` is a number or (N,), in (0, 1]."""
     n, channels, height, width = images.shape
-    pixels = mixed.view(n, channels, height * width)
-    patch_height, row, row_weights = vertical = _patch_axis(gamma, height, images.device)
-    patch_width, column, column_weights = vertical if width == height else _patch_axis(gamma, width, images.device)
+    depth = _depth(images)
     if isinstance(gamma, Tensor):
-        patch = row_weights @ images[partner].float() @ column_weights.mT
-    else:  # All are resized alike: small patches are less to look up than whole views.
-        patch = _resize(images.float(), row_weights[0, 0], column_weights[0, 0])[partner]
-    patch = patch.to(images.dtype).flatten(2)
-    for center in centers.float().unbind(1):
-        y = _corner(center[:, 0], patch_height, height).unsqueeze(1) + row
-        x = _corner(center[:, 1], patch_width, width).unsqueeze(1) + column
-        place = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1)
-        pixels.scatter_(2, place.unsqueeze(1).expand(-1, channels, -1), patch)
+        patches = _patches_of_each(gamma, channels, height, width, depth)
+    else:
+        patches = _patches_alike(
+            _side(gamma, height), _side(gamma, width), channels, height, width, depth, images.device
+        )
+    if isinstance(gamma, Tensor) or depth > LARGEST_DEPTH:
+        shown = patches.rows.unsqueeze(1) @ images[partner].float() @ patches.columns.unsqueeze(1).mT
+        shown = _as_stored(shown, depth).reshape(n, -1)
+    else:
+        shown = _resize_alike(images.float(), partner, gamma).view(n, -1)
+    shown = shown.to(images.dtype)
+    pixels = _as_stored(mixed, depth).view(n, -1)
+    corners = (centers.float() * _sizes(height, width, images.device) - patches.half + 0.5).floor_().clamp_(min=0)
+    top, left = corners.minimum(patches.last).long().unbind(2)
+    for first in ((top * width + left) * depth).split(1, dim=1):
+        pixels.scatter_(1, first + patches.places, shown)
 
 
 def largest_patch(gamma: float | Tensor, size: int) -> int:
@@ -69,12 +83,20 @@ def check_patch_values(partner: Tensor, centers: Tensor, gamma: float | Tensor) 
         raise ValueError(f"gamma is {gamma}; set it within (0, 1]")
     if use_triton(partner):
         return
-    _require(
-        (partner.clamp(0, n - 1) == partner).all(), f"partner has an index out of range; set it within 0 to {n - 1}"
+    _require_range(
+        partner,
+        lambda low, high: (low >= 0) & (high < n),
+        f"partner has an index out of range; set it within 0 to {n - 1}",
     )
-    _require(centers.isfinite().all(), "centers has a place that is not finite; give one within [0, 1] for each patch")
+    _require_range(
+        centers,
+        lambda low, high: (low > -math.inf) & (high < math.inf),
+        "centers has a place that is not finite; give one within [0, 1] for each patch",
+    )
     if isinstance(gamma, Tensor):
-        _require(((gamma > 0) & (gamma <= 1)).all(), "gamma has a value out of range; set it within (0, 1]")
+        _require_range(
+            gamma, lambda low, high: (low > 0) & (high <= 1), "gamma has a value out of range; set it within (0, 1]"
+        )
 
 
 def require_floats(name: str, dtype: torch.dtype) -> None:
@@ -87,47 +109,132 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; put it on {device}, where the rest is")
 
 
-def _require(holds: Tensor, message: str) -> None:
-    if holds.is_cuda:
-        torch._assert_async(holds, message)
-    elif not holds:
+def _require_range(values: Tensor, holds: Callable, message: str) -> None:
+    """That `holds` of the smallest and the largest, which are NaN where one is."""
+    smallest, largest = values.aminmax()
+    if values.is_cuda:
+        torch._assert_async(holds(smallest, largest), message)
+    elif not holds(smallest.item(), largest.item()):
         raise ValueError(message)
 
 
-def _patch_axis(gamma: float | Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis of the patch: its side (G,), its pixels 0, 1, … (G, S) and how they weigh the partner's (G, 1, S, size).
+class _Patches(NamedTuple):
+    """Patches of G sizes, whatever they show and wherever they go: G is N where each image has its own γ, otherwise 1.
 
-    G is N where each image has its own γ, otherwise 1. S is a bound of the side; past its last pixel a smaller patch
-    repeats it, so that every image has the same shapes and writes nothing outside of its patch.
+    S×T is a bound of the size; past its last row or column a smaller patch repeats it, so that every image has the same
+    shapes and writes nothing outside of its patch.
+
+    Attributes:
+        half: (G, 1, 2) float32, half the height and the width.
+        last: (G, 1, 2) float32, the furthest first row and column, at which a patch is still inside.
+        places: (G, C·S·T) int64, where its values lie in an image as it is stored, counted from the first.
+        rows, columns: (G, S, H) and (G, T, W) float32, how its pixels weigh those that it shows.
+    """
+
+    half: Tensor
+    last: Tensor
+    places: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _patches(sides: Tensor, bounds: tuple[int, int], channels: int, height: int, width: int, depth: int) -> _Patches:
+    """Patches of the heights and widths `sides`, (G, 2) int64, none larger than `bounds`."""
+    row, rows = _resize_weights(sides[:, 0], bounds[0], height)
+    column, columns = _resize_weights(sides[:, 1], bounds[1], width)
+    plane, channel = (torch.arange(count, device=sides.device) for count in (channels // depth, depth))
+    line = plane.view(-1, 1) * height + row.unsqueeze(1)
+    pixel = line.unsqueeze(3) * width + column.view(len(sides), 1, 1, -1)
+    places = (pixel.unsqueeze(4) * depth + channel).flatten(1)
+    sides = sides.unsqueeze(1).float()
+    return _Patches(sides / 2, _sizes(height, width, sides.device) - sides, places, rows, columns)
+
+
+def _resize_weights(side: Tensor, bound: int, size: int) -> tuple[Tensor, Tensor]:
+    """A patch's pixels 0, 1, … on one axis, (G, bound), and how they weigh the `size` pixels shown, (G, bound, size).
 
     Weights are a triangle as wide as the patch is smaller: 1 − |(s + ½)·side/size − (p + ½)|, made to sum to 1. Times
     2·size they are whole numbers.
     """
-    on_host = gamma.max().item() if isinstance(gamma, Tensor) and gamma.device.type == "cpu" else gamma
-    bound = largest_patch(on_host, size)
-    gamma = gamma if isinstance(gamma, Tensor) else torch.full((1,), gamma, device=device)
-    side = (gamma.float() * size + 0.5).floor().clamp(1, size).long()
-    pixel = torch.arange(bound, device=device).minimum(side.unsqueeze(1) - 1)
-    source = torch.arange(size, device=device)
+    pixel = torch.arange(bound, device=side.device).minimum(side.unsqueeze(1) - 1)
+    source = torch.arange(size, device=side.device)
     distance = ((2 * source + 1) * side.view(-1, 1, 1) - (2 * pixel.unsqueeze(2) + 1) * size).abs()
     weights = (2 * size - distance).clamp(min=0).float()
-    return side, pixel, (weights / weights.sum(dim=2, keepdim=True)).unsqueeze(1)
+    return pixel, weights / weights.sum(dim=2, keepdim=True)
 
 
-def _resize(images: Tensor, row_weights: Tensor, column_weights: Tensor) -> Tensor:
-    """rows (p, H) · images (N, C, H, W) · columnsᵀ (q, W): (N, C, p, q)."""
+def _patches_of_each(gamma: Tensor, channels: int, height: int, width: int, depth: int) -> _Patches:
+    largest = gamma.max().item() if gamma.device.type == "cpu" else gamma
+    bounds = largest_patch(largest, height), largest_patch(largest, width)
+    sides = [(gamma.float() * size + 0.5).floor().clamp(1, size).long() for size in (height, width)]
+    return _patches(torch.stack(sides, dim=1), bounds, channels, height, width, depth)
+
+
+# Patches that are all of one size: there are few sizes, and what is made of one is kept.
+_kept = functools.lru_cache(maxsize=64)
+
+
+@_kept
+def _patches_alike(
+    patch_height: int, patch_width: int, channels: int, height: int, width: int, depth: int, device: torch.device
+) -> _Patches:
+    sides = torch.tensor([[patch_height, patch_width]], device=device)
+    return _patches(sides, (patch_height, patch_width), channels, height, width, depth)
+
+
+@_kept
+def _row_taps(side: int, size: int, planes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The K lines of an image, planes·size of them, that enter each line of a patch, (planes·side, K) int64, and their
+    weights."""
+    _, (weights,) = _resize_weights(torch.tensor([side]), side, size)
+    shares, taps = weights.topk(int((weights > 0).sum(dim=1).max()))
+    taps = torch.arange(planes).view(-1, 1, 1) * size + taps
+    return taps.flatten(0, 1).to(device), shares.repeat(planes, 1).to(device)
+
+
+@_kept
+def _column_weights(side: int, size: int, depth: int, device: torch.device) -> Tensor:
+    """What a line of size·depth values is multiplied with: (size·depth, side·depth), and columns of zeros, since a
+    product as wide as a multiple of 16 is faster."""
+    _, (weights,) = _resize_weights(torch.tensor([side]), side, size)
+    weights = torch.kron(weights, torch.eye(depth)).mT
+    return F.pad(weights, (0, -weights.shape[1] % 16)).to(device)
+
+
+@_kept
+def _sizes(height: int, width: int, device: torch.device) -> Tensor:
+    return torch.tensor([height, width], dtype=torch.float32, device=device)
+
+
+def _side(gamma: float, size: int) -> int:
+    side = np.float32(gamma) * np.float32(size) + np.float32(0.5)
+    return min(max(int(side), 1), size)
+
+
+def _resize_alike(images: Tensor, partner: Tensor, gamma: float) -> Tensor:
+    """The partners of images (N, C, H, W), all resized to p×q: their lines, as they are stored."""
     n, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1)
-    if channels == 1 or channels > 4 or not pixels.is_contiguous():
-        return row_weights @ images @ column_weights.mT
-    # In channels_last a row of an image is W·C numbers: two large products instead of 2·N·C small ones.
-    rows = row_weights @ pixels.reshape(n, height, width * channels)
-    weights = torch.kron(column_weights, torch.eye(channels, device=images.device))
-    return (rows.flatten(0, 1) @ weights.mT).view(n, -1, len(column_weights), channels).permute(0, 3, 1, 2)
+    depth = _depth(images)
+    planes, patch_width = channels // depth, _side(gamma, width)
+    # A line of a patch is a sum of few weighted ones, looked up and added at once.
+    taps, shares = _row_taps(_side(gamma, height), height, planes, images.device)
+    lines = F.embedding_bag(
+        ((partner * (planes * height)).view(-1, 1, 1) + taps).flatten(0, 1),
+        _as_stored(images, depth).reshape(-1, width * depth),
+        per_sample_weights=shares.expand(n, -1, -1).flatten(0, 1),
+        mode="sum",
+    )
+    return (lines @ _column_weights(patch_width, width, depth, images.device))[:, : patch_width * depth].contiguous()
 
 
-def _corner(center: Tensor, side: Tensor, size: int) -> Tensor:
-    return (center * size - side / 2 + 0.5).floor().long().clamp(min=0).minimum(size - side)
+def _depth(images: Tensor) -> int:
+    """An image (C, H, W) is stored as C / depth planes of H lines of W·depth values: depth is C in channels_last, else
+    1."""
+    return images.shape[1] if images.is_contiguous(memory_format=torch.channels_last) else 1
+
+
+def _as_stored(images: Tensor, depth: int) -> Tensor:
+    return images.permute(0, 2, 3, 1) if depth > 1 else images
 
 
 def _shape(tensor: Tensor) -> str:

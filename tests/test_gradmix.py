@@ -51,16 +51,17 @@ def naive_map(maps, gradients, kind, sign):
 @pytest.mark.parametrize("num_patches", [1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_views_equal_the_loop(n, channels, height, width, num_patches, dtype, memory_format):
+@pytest.mark.parametrize("gamma", [None, 0.02, 0.31, 0.5, 1.0])
+def test_views_equal_the_loop(n, channels, height, width, num_patches, dtype, memory_format, gamma):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(n, channels, height, width, generator=generator).to(dtype, memory_format=memory_format)
     centers = torch.rand(n, num_patches, 2, generator=generator)
-    gamma = 0.1 + 0.5 * torch.rand(n, generator=generator)
+    gamma_of_each = 0.1 + 0.5 * torch.rand(n, generator=generator) if gamma is None else torch.full((n,), gamma)
     partner = torch.arange(n).roll(1)
-    mixed = gradmix_views(images, partner, centers, gamma)
+    mixed = gradmix_views(images, partner, centers, gamma_of_each if gamma is None else gamma)
     assert mixed.dtype == dtype and mixed.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(
-        mixed, naive_gradmix(images, partner, centers, gamma), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        mixed, naive_gradmix(images, partner, centers, gamma_of_each), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 REPEATS = 20
 # Inputs taken in turns, so that none is still in the cache of the GPU when it is read again.
@@ -35,7 +36,8 @@ class Row:
 
 
 def host_seconds(*actions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Median time of each action, in turns; on a GPU until it has finished."""
+    """Median time of each action, in turns, so that none finds its code and data in the caches; on a GPU until it has
+    finished."""
     times: list[list[float]] = [[] for _ in actions]
     for _ in range(repeats + 1):
         for action, record in zip(actions, times):
@@ -45,6 +47,13 @@ def host_seconds(*actions: Callable[[], object], repeats: int = REPEATS) -> list
                 torch.cuda.synchronize()
             record.append(time.perf_counter() - started)
     return [statistics.median(record[1:]) for record in times]
+
+
+def repeated_seconds(*actions: Callable[[], object]) -> list[float]:
+    """Median time of each action on the CPU, called again and again: what it needs is in the caches."""
+    return [
+        Timer("action()", globals={"action": action}).blocked_autorange(min_run_time=1).median for action in actions
+    ]
 
 
 def launch_seconds(*actions: Callable[[], object]) -> list[float]:
