@@ -1,4 +1,4 @@
-"""`python -m results.tables`: rebuild the tables and figures of RESULTS.md from the JSON files beside this script.
+"""`python -m results.tables`: rebuild tables of README.md and RESULTS.md, and figures, from the JSON files beside it.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; what is between them is replaced. `--check` changes nothing
 and fails if that would change something.
@@ -17,9 +17,10 @@ from typing import Any
 from data_pipeline import cli
 from data_pipeline.errors import InputError
 from trainer.evaluation import plots
+from trainer.reproduce.experiments import experiment
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "RESULTS.md"
+PAGES = HERE.parent / "README.md", HERE.parent / "RESULTS.md"
 ARMS = {"gradmix": "GradMix", "supcon+simclr": "without mixing"}
 SPACES = {"backbone": "on_backbone", "embedding": None}
 Row = Sequence[str]
@@ -27,10 +28,10 @@ Row = Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
-    """What to do with the page."""
+    """What to do with the pages."""
 
     check: bool = False
-    """Only say whether the page is what the files give."""
+    """Only say whether they are what the files give."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -110,6 +111,29 @@ def selection_table(folder: Path) -> str:
     return markdown(header, rows)
 
 
+def open_set_table(folder: Path, protocol: str) -> str:
+    """Table 2 of the paper on one protocol, from the records that `trainer.reproduce` keeps of its cells: AUROC split
+    by split, and means over splits."""
+    table = experiment("table2")
+    auroc, *_ = table.columns
+    runs = {
+        variant.name: {
+            int(path.stem.split("-")[-2]): read(path)["numbers"]
+            for path in folder.glob(f"{variant.name}-{protocol}-*-seed0.json")
+        }
+        for variant in table.variants
+    }
+    splits = sorted(set().union(*runs.values()))
+    rows = []
+    for row in table.rows:
+        if numbers := runs[row.variant]:
+            by_split = [f"{100 * numbers[split][auroc.of(row)]:.2f}" if split in numbers else "–" for split in splits]
+            means = [mean([of_run[column.of(row)] for of_run in numbers.values()]) for column in table.columns]
+            rows.append([row.label, *by_split, *means])
+    header = ["", *(f"AUROC, split {split}" if split == splits[0] else str(split) for split in splits)]
+    return markdown([*header, *(f"{column.title}, mean" for column in table.columns)], rows)
+
+
 def speed_table(*paths: Path) -> str:
     """Milliseconds a step and views a second, with and without torch.compile."""
     runs = [read(path) for path in paths]
@@ -186,6 +210,7 @@ def figures(folder: Path) -> None:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "mnist": lambda: open_set_table(HERE / "mnist", "mnist"),
     "speed": lambda: speed_table(HERE / "speed" / "step-1024.json", HERE / "speed" / "step-1024-compiled.json"),
     "where time goes": lambda: where_time_goes_table(HERE / "speed" / "step-1024-compiled.json"),
     "kernels": lambda: kernels_table(HERE / "speed" / "kernels.json"),
@@ -201,7 +226,7 @@ def rebuilt(page: str) -> str:
         if name == "end":
             continue
         if name not in TABLES:
-            raise InputError(f"{PAGE.name} asks for a table {name!r}: there are {', '.join(TABLES)}")
+            raise InputError(f"a page asks for a table {name!r}: there are {', '.join(TABLES)}")
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, rest = page.split(start)
         page = before + start + TABLES[name]() + end + rest.split(end, 1)[1]
@@ -210,14 +235,15 @@ def rebuilt(page: str) -> str:
 
 def main() -> None:
     config = cli.parse(TablesConfig, prog="python -m results.tables", description=__doc__.split("\n")[0])
-    page = PAGE.read_text(encoding="utf-8")
-    new = rebuilt(page)
-    if config.check and new != page:
-        raise InputError(f"{PAGE.name} is not what the files give: run python -m results.tables")
-    if not config.check:
-        PAGE.write_text(new, encoding="utf-8")
-        if any(arms(HERE / "cifar10").values()):
-            figures(HERE / "cifar10")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        new = rebuilt(page)
+        if config.check and new != page:
+            raise InputError(f"{path.name} is not what the files give: run python -m results.tables")
+        if not config.check:
+            path.write_text(new, encoding="utf-8")
+    if not config.check and any(arms(HERE / "cifar10").values()):
+        figures(HERE / "cifar10")
 
 
 if __name__ == "__main__":

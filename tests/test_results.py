@@ -20,10 +20,11 @@ from trainer.train import parse_config
 SMALL = "--protocol digits --epochs 1 --encoder.width 4 --encoder.hidden-dim 16 --encoder.embedding-dim 8"
 
 
-def test_the_page_is_what_the_files_give():
-    page = tables.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "number"), zip(tables.PAGES, ("| 98.56 |", "| 35.7 |")))
+def test_a_page_is_what_the_files_give(page, number):
+    page = page.read_text(encoding="utf-8")
     assert tables.rebuilt(page) == page
-    assert tables.rebuilt(page.replace("| 35.7 |", "| 3.57 |")) == page
+    assert number in page and tables.rebuilt(page.replace(number, "| 3.57 |")) == page
     with pytest.raises(InputError, match="asks for a table 'unheard of'"):
         tables.rebuilt(page + "<!-- unheard of -->\n\n<!-- end -->")
 
@@ -65,6 +66,18 @@ def test_tables_hold_the_figures_of_the_runs(finished):
         assert f"{100 * run['on_backbone']['auroc']['10']:.2f}" in by_split
     tables.figures(finished.config.out)
     assert (finished.config.out / "auroc_over_k.svg").stat().st_size > 1000
+
+
+def test_table_2_has_each_split_and_the_means_over_those_that_were_run(tmp_path):
+    for split, auroc in ((0, 0.9), (1, 0.8), (2, 0.7)):
+        numbers = {"osr/auroc": auroc, "osr/oscr": 0.5, "osr/closed_set_accuracy": auroc / 2}
+        (tmp_path / f"supcon+simclr-mnist-{split}-seed0.json").write_text(json.dumps({"numbers": numbers}))
+        if split:
+            (tmp_path / f"supcon-mnist-{split}-seed0.json").write_text(json.dumps({"numbers": numbers}))
+    header, _, supcon, both = tables.open_set_table(tmp_path, "mnist").splitlines()
+    assert header == "|  | AUROC, split 0 | 1 | 2 | AUROC, mean | OSCR, mean | accuracy, mean |"
+    assert supcon == "| SupCon | – | 80.00 | 70.00 | 75.00 ± 7.07 | 50.00 ± 0.00 | 37.50 ± 3.54 |"
+    assert both == "| SupCon + SimCLR | 90.00 | 80.00 | 70.00 | 80.00 ± 10.00 | 50.00 ± 0.00 | 40.00 ± 5.00 |"
 
 
 def test_a_split_that_one_arm_lacks_is_left_out(tmp_path):
