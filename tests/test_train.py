@@ -372,6 +372,14 @@ def test_zero_stages_and_clipping_from_a_file_train(config, tmp_path, stage):
     assert not trainer.peaks.places.isnan().all()
 
 
+def test_alone_no_gradient_is_copied_to_be_added_up(config, monkeypatch):
+    trainer = new_trainer(config)
+    before = weights(trainer)
+    monkeypatch.setattr(trainer.engine, "allreduce_bucket", None)
+    trainer.train_step(next(trainer.loader.epoch(0)), 0, 0)
+    assert all(not torch.equal(before[name], weight) for name, weight in trainer.engine.module.named_parameters())
+
+
 def test_the_learning_rate_warms_up_and_falls_to_its_share(config):
     optimizer = dataclasses.replace(config.optimizer, warmup_epochs=1.0, learning_rate=0.01, final_share=0.25)
     trainer = new_trainer(dataclasses.replace(config, epochs=4, optimizer=optimizer))

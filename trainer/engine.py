@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from data_pipeline.errors import InputError
 from data_pipeline.files import read_json
 from trainer.config import OptimizerConfig
+from trainer.distributed import world_size
 
 
 def join_ranks() -> torch.device:
@@ -157,6 +158,9 @@ def make_engine(
     engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(
         engine.module.parameters(), engine.gradient_clipping()
     )
+    if world_size() == 1 and engine.zero_optimization_stage() == 0:
+        # DeepSpeed would copy every gradient into one buffer and back, though there is nothing to add up.
+        engine.enable_backward_allreduce = False
     if engine.zero_optimization_stage() == 0:
         # Faster convolutions. Not before `initialize`, which broadcasts weights as contiguous bytes, and not where
         # DeepSpeed keeps the weights as pieces of one flat buffer.
