@@ -18,8 +18,9 @@ from data_pipeline.patch import largest_patch
 COPIED_BYTES = 64
 # Items of a row that a program paints at once, and threads that do it.
 LARGEST_ITEMS, LARGEST_THREADS = 256, 128
-# So many pixels of a filter are unrolled, their weights kept in registers.
-LARGEST_TAPS = 24
+# Filters of so many pixels are unrolled, their weights kept in registers. Each length is a kernel of its own, so there
+# are few.
+UNROLLED_TAPS = (4, 6, 8, 12, 16, 24)
 
 
 @triton.jit
@@ -125,7 +126,8 @@ def _paint(
     column = item // DEPTH
     # No more than this many pixels have a weight. In the last columns they begin earlier, where the weight is 0, so
     # that all are inside of the view.
-    taps = TAPS if TAPS > 0 else tl.minimum(tl.cdiv(2 * W, width), W)
+    AT_ONCE: tl.constexpr = _taps_at_once(W)
+    taps = TAPS if TAPS > 0 else tl.minimum(tl.cdiv(2 * W, AT_ONCE * width) * AT_ONCE, W)
     x = tl.minimum(tl.maximum((2 * column - 1) * W + width, 0) // (2 * width), W - taps)
     distance = ((2 * x + 1) * width - (2 * column + 1) * W).to(tl.float32)
     place = view + x * DEPTH + item % DEPTH
@@ -162,9 +164,17 @@ def _resized_along_x(
         for tap in tl.static_range(TAPS):
             total = _add_tap(total, tap, place, distance, width, W, DEPTH, ONLY_WEIGHTS)
     else:
-        for tap in range(taps):
-            total = _add_tap(total, tap, place, distance, width, W, DEPTH, ONLY_WEIGHTS)
+        AT_ONCE: tl.constexpr = _taps_at_once(W)
+        for first in range(0, taps, AT_ONCE):
+            for tap in tl.static_range(AT_ONCE):
+                total = _add_tap(total, first + tap, place, distance, width, W, DEPTH, ONLY_WEIGHTS)
     return total
+
+
+@triton.constexpr_function
+def _taps_at_once(width):
+    """Of a filter that is not unrolled, so many pixels are on their way together; never more than there are."""
+    return 4 if width % 4 == 0 else 1
 
 
 @triton.jit
@@ -217,7 +227,7 @@ def mix_views(mixed: Tensor, images: Tensor, partner: Tensor, centers: Tensor, g
 
 
 def _most_taps(gamma: float, width: int) -> int:
-    """How many pixels along x have a weight in a value of the patch, at most; 0 where these are too many to unroll."""
+    """How many pixels along x have a weight in a value of the patch, at most; 0 where they are too many to unroll."""
     # The smallest side that the kernel's γ, of 32 bits, may lead to.
     taps = min(triton.cdiv(2 * width, max(int(gamma * width + 0.499), 1)), width)
-    return taps if taps <= LARGEST_TAPS else 0
+    return min(next((length for length in UNROLLED_TAPS if length >= taps), 0), width)

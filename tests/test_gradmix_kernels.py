@@ -58,6 +58,16 @@ def test_the_views_kernel_compiles_for_a_gpu(recorded, dtype, layout, gamma):
     assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
 
 
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_few_kernels_serve_every_size_of_a_patch(recorded, size):
+    """γ is drawn at every step, and each kernel takes as long to compile as some ten steps."""
+    images = torch.zeros(1, 3, size, size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    for gamma in torch.linspace(0.1, 0.5, 400).tolist():
+        recorded.gradmix_views(images, PARTNER[:1], CENTERS[:1], gamma)
+    launches = recorded.patch_kernels._gradmix_views_kernel.launches
+    assert len({tuple(launch.options.items()) for launch in launches}) <= 7
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["layercam", "gradcam"])
