@@ -15,6 +15,7 @@ rates that this very GPU reaches. `--compile` compiles the encoder. Images are n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -47,6 +48,9 @@ from trainer.mixing import draw_gamma, partners
 from trainer.recipes import recipe
 from trainer.step import Trainer, new_encoder
 from trainer.train import versions
+
+# Steps before any that is timed, and how often so many are timed together.
+WARM_UP, REPEATS = 5, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +114,9 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_per_step(step: Callable[[], object], steps: int, repeats: int = 3) -> float:
+def seconds_per_step(step: Callable[[], object], steps: int, repeats: int = REPEATS) -> float:
     """Median over `repeats` of the time of `steps` steps, over their number."""
-    for _ in range(5):
+    for _ in range(WARM_UP):
         step()
     times = []
     for _ in range(repeats):
@@ -138,6 +142,14 @@ def encoder_alone(trainer: Trainer, views: int) -> Callable[[], None]:
         trainer.engine.step()
 
     return step
+
+
+def compile_patches(trainer: Trainer, steps: int) -> None:
+    """Render the views of the first `steps` steps: patches of some sizes are a kernel of their own, and compiling one
+    would otherwise be part of the step that is the first to have such a size."""
+    for batch, epoch, step in itertools.islice(forever(trainer), steps):
+        views = (trainer.parameters(batch, epoch, number) for number in (0, 1))
+        trainer.mixed_views(batch, *views, epoch, step)
 
 
 def training_step(trainer: Trainer) -> Callable[[], None]:
@@ -320,6 +332,7 @@ def measure(config: StepConfig) -> dict[str, Any]:
     gradmix = Trainer(base, data)
     simclr = Trainer(dataclasses.replace(base, mixing=MixingConfig(kind="none")), data)
     n, steps = config.batch_size, config.steps
+    compile_patches(gradmix, WARM_UP + REPEATS * steps)
     milliseconds = {
         "encoder alone, two views": 1e3 * seconds_per_step(encoder_alone(simclr, 2 * n), steps),
         "encoder alone, three views": 1e3 * seconds_per_step(encoder_alone(gradmix, 3 * n), steps),
