@@ -95,7 +95,8 @@ def views_kernel(shape: tuple[int, ...], gamma_per_image: bool) -> Figures:
 
 def peaks(shape: tuple[int, ...]) -> Figures:
     moved = 2 * 2 * torch.Size(shape).numel()
-    inputs = [(maps.relu(), maps) for maps, *_ in batches(shape, "cuda", spread(moved))]
+    # As training has them: maps in channels_last, and the gradients that autograd keeps of them contiguous.
+    inputs = [(maps.relu(), maps.contiguous()) for maps, *_ in batches(shape, "cuda", spread(moved))]
     return Figures(device_seconds(layercam_peaks, inputs), moved)
 
 
