@@ -152,16 +152,18 @@ def speed_table(*paths: Path) -> str:
 
 
 def kernels_table(path: Path) -> str:
-    """Bytes that have to move over the time of a kernel, as a share of what a copy reaches."""
+    """Bytes that have to move over the time of a kernel, as a share of what a copy reaches; a file of
+    `tests.bench.gradmix`."""
     run = read(path)
     rows = [
         [
-            row["name"],
+            name,
             f"{row['microseconds']:.0f}",
-            f"{row['gb_per_s']:,}",
+            f"{row['gb_per_s']:,.0f}",
             f"{row['gb_per_s'] / run['copy_gb_per_s']:.0%}",
         ]
-        for row in run["rows"]
+        for name, row in run["rows"].items()
+        if "gb_per_s" in row
     ]
     return markdown(["bfloat16, channels_last", "µs", "GB/s", "of a copy"], rows)
 

@@ -14,6 +14,7 @@ from data_pipeline.files import read_json
 from results import campaign, tables
 from results.choose import choose
 from results.run import RunConfig, Runner
+from tests.bench import gradmix as bench
 from trainer.registry import load_model
 from trainer.train import parse_config
 
@@ -27,6 +28,22 @@ def test_a_page_is_what_the_files_give(page, number):
     assert number in page and tables.rebuilt(page.replace(number, "| 3.57 |")) == page
     with pytest.raises(InputError, match="asks for a table 'unheard of'"):
         tables.rebuilt(page + "<!-- unheard of -->\n\n<!-- end -->")
+
+
+def test_the_kernels_table_is_made_of_what_their_bench_writes(tmp_path, monkeypatch):
+    """On a machine without a GPU, of what it would measure."""
+    rows = [
+        bench.Row("moved", lambda: bench.Figures(2e-6, 6000), False),
+        bench.Row("called", lambda: bench.Figures(3e-6, reference=6e-6), False),
+    ]
+    monkeypatch.setattr(bench, "GROUPS", [lambda: rows])
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 4e9)
+    monkeypatch.setattr("sys.argv", ["bench", "--out", str(tmp_path / "kernels.json")])
+    bench.main()
+    written = read_json(tmp_path / "kernels.json", "figures")
+    (tmp_path / "kernels.json").write_text(json.dumps({"copy_gb_per_s": 4.0, **written}))
+    *_, only = tables.kernels_table(tmp_path / "kernels.json").splitlines()
+    assert only == "| moved | 2 | 3 | 75% |"
 
 
 @pytest.fixture(scope="module")
