@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_gradmix import naive_gradmix, naive_map
+from tests.loops import naive_gradmix, naive_map
 from tests.triton_support import DEVICE, INTERPRETED
 from trainer.gradmix import gradmix_views, kernels, layercam_peaks, reference
 

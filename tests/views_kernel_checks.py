@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from data_pipeline import views_kernels as kernels
 from data_pipeline.views import ORDERS, ViewConfig, ViewParameters, draw_parameters, render_view
-from tests.test_gradmix import naive_gradmix
+from tests.loops import naive_gradmix
 from tests.test_views import MEAN, STD, random_images, torchvision_view
 from tests.triton_support import DEVICE
 from trainer.gradmix import gradmix_views

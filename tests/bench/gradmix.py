@@ -33,7 +33,7 @@ from tests.bench.timing import (
     spread,
 )
 from tests.bench.views import view_rows
-from tests.test_gradmix import naive_gradmix
+from tests.loops import naive_gradmix
 from trainer.gradmix import gradmix_views, layercam_peaks
 
 GAMMA = 0.3
