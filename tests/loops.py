@@ -1,5 +1,5 @@
-"""The GradMix operations as loops written from the paper, one image and one pixel at a time: their bodies are tested and
-timed against them."""
+"""The GradMix operations as loops written from the paper, one image and one pixel at a time: their bodies are tested
+and timed against them."""
 
 from __future__ import annotations
 
