@@ -43,7 +43,7 @@ def paste_patches(mixed: Tensor, images: Tensor, partner: Tensor, centers: Tenso
         shown = patches.rows.unsqueeze(1) @ images[partner].float() @ patches.columns.unsqueeze(1).mT
         shown = _as_stored(shown, depth).reshape(n, -1)
     else:
-        shown = _resize_alike(images.float(), partner, gamma).view(n, -1)
+        shown = _resize_alike(images.float(), partner, gamma, depth).view(n, -1)
     shown = shown.to(images.dtype)
     pixels = _as_stored(mixed, depth).view(n, -1)
     corners = (centers.float() * _sizes(height, width, images.device) - patches.half + 0.5).floor_().clamp_(min=0)
@@ -211,10 +211,9 @@ def _side(gamma: float, size: int) -> int:
     return min(max(int(side), 1), size)
 
 
-def _resize_alike(images: Tensor, partner: Tensor, gamma: float) -> Tensor:
-    """The partners of images (N, C, H, W), all resized to p×q: their lines, as they are stored."""
+def _resize_alike(images: Tensor, partner: Tensor, gamma: float, depth: int) -> Tensor:
+    """The partners of images (N, C, H, W), all resized to p×q: their lines, as those of this depth are stored."""
     n, channels, height, width = images.shape
-    depth = _depth(images)
     planes, patch_width = channels // depth, _side(gamma, width)
     # A line of a patch is a sum of few weighted ones, looked up and added at once.
     taps, shares = _row_taps(_side(gamma, height), height, planes, images.device)

@@ -34,6 +34,23 @@ def test_views_equal_the_loop(n, channels, height, width, num_patches, dtype, me
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gamma", [0.4, torch.full((4,), 0.4)], ids=["number", "tensor"])
+@pytest.mark.parametrize("part", ["channels", "rows", "images"])
+def test_views_of_a_part_of_a_larger_channels_last_tensor_equal_the_loop(dtype, gamma, part):
+    slices = {
+        "channels": (slice(None), slice(1, 4)),
+        "rows": (..., slice(1, None, 2), slice(None)),
+        "images": slice(0, 8, 2),
+    }
+    shapes = {"channels": (4, 5, 12, 9), "rows": (4, 3, 24, 9), "images": (8, 3, 12, 9)}
+    images = torch.randn(shapes[part]).to(dtype, memory_format=torch.channels_last)[slices[part]]
+    centers, partner = torch.rand(4, 2, 2), torch.tensor([1, 2, 3, 0])
+    expected = naive_gradmix(images, partner, centers, [0.4] * 4)
+    mixed = gradmix_views(images, partner, centers, gamma)
+    torch.testing.assert_close(mixed, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 def test_a_number_and_a_tensor_of_it_are_the_same():
     images, centers = torch.randn(4, 3, 16, 16), torch.rand(4, 1, 2)
     partner = torch.tensor([1, 2, 3, 0])
