@@ -16,13 +16,16 @@ from torch import nn
 
 from data_pipeline.beton import find_build
 from data_pipeline.errors import InputError
-from data_pipeline.loader import Partitions
+from data_pipeline.loader import Batch, Partitions
 from tests.ranks import on_ranks
 from trainer.attribution import PeakStore
 from trainer.batch_norm import synchronise
 from trainer.config import EncoderConfig, MoCoConfig, OptimizerConfig, TrainConfig
 from trainer.distributed import from_first_rank, rank, world_size
+from trainer.encoder import Encoder
 from trainer.engine import join_ranks
+from trainer.evaluation.attribution_maps import Coverage
+from trainer.evaluation.evaluators import FeatureModel, Subject
 from trainer.recipes import recipe
 from trainer.step import Trainer
 
@@ -111,6 +114,25 @@ def _decide_slowly() -> int:
 
 def test_what_the_first_rank_does_may_take_longer_than_a_collective_waits():
     assert on_ranks(_decide_slowly, 2) == [7, 7]
+
+
+def _measure_on_the_first_rank() -> tuple[int, dict[str, float], int]:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=10))
+    return world_size(), from_first_rank(_attribution), world_size()
+
+
+def _attribution() -> dict[str, float]:
+    """What an evaluator finds whose loss, in training, is that of all ranks."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(width=4, hidden_dim=8, embedding_dim=8), 3)
+    model = FeatureModel(encoder, image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3, layer=encoder.stages[-1])
+    images = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
+    return Coverage()(Subject(model, {"test_known": Batch(images, torch.zeros(6).long(), torch.arange(6))})).numbers
+
+
+def test_what_the_first_rank_measures_by_itself_waits_for_nobody():
+    expected = 2, pytest.approx(_attribution(), abs=1e-6), 2
+    assert on_ranks(_measure_on_the_first_rank, 2) == [expected, expected]
 
 
 def _fail_on_the_first_rank() -> list[str]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -18,13 +20,16 @@ from data_pipeline.errors import InputError
 
 Result = TypeVar("Result")
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """1 also for what `from_first_rank` runs: the others take no part in it, and a collective would wait for them."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone.get() else 1
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -85,7 +90,8 @@ def from_first_rank(action: Callable[[], Result]) -> Result:
     own: Exception | None = None
     if rank() == 0:
         try:
-            outcome[0] = action()
+            with _by_itself():
+                outcome[0] = action()
         except InputError as error:
             outcome[1] = str(error)
         except Exception as error:
@@ -97,6 +103,15 @@ def from_first_rank(action: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise SharedError(outcome[1])
     return outcome[0]
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 _waits = itertools.count()
