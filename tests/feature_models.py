@@ -18,19 +18,19 @@ COLOURS = np.array([[220, 40, 40], [40, 200, 40], [40, 40, 210]])
 
 
 class MeanColour(nn.Module):
-    """Features are the means of the channels; the logit of class c is how much of channel c there is, times 10."""
+    """Features are the means of the channels; the logit of class c is how much of channel c there is, times `scale`."""
 
-    def __init__(self, with_logits: bool = True) -> None:
+    def __init__(self, with_logits: bool = True, scale: float = 10.0) -> None:
         super().__init__()
-        self.identity, self.with_logits = nn.Identity(), with_logits
+        self.identity, self.with_logits, self.scale = nn.Identity(), with_logits, scale
 
     def forward(self, views: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         means = self.identity(views).mean(dim=(2, 3))
-        return (means, 10 * means) if self.with_logits else means
+        return (means, self.scale * means) if self.with_logits else means
 
 
-def colour_model(with_logits: bool = True) -> FeatureModel:
-    network = MeanColour(with_logits)
+def colour_model(with_logits: bool = True, scale: float = 10.0) -> FeatureModel:
+    network = MeanColour(with_logits, scale)
     return FeatureModel(network, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, layer=network.identity, batch_size=7)
 
 

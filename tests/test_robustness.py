@@ -16,6 +16,7 @@ from trainer.evaluation.robustness import (
     CommonCorruptions,
     _attack,
     _classifier,
+    _CrossEntropy,
     _LogitOf,
     _numpy_seed,
 )
@@ -118,7 +119,7 @@ class TestAdversarialAttacks:
         pixels = model.pixels(batch.images)
         own = torch.nn.functional.one_hot(batch.labels, 3)[:, :, None, None]
         steps = {"steps": 10, "seed": 0}
-        by_class = _classifier(model, torch.nn.CrossEntropyLoss(), tuple(pixels.shape[1:]), 3)
+        by_class = _classifier(model, _CrossEntropy(), tuple(pixels.shape[1:]), 3)
         by_score = _classifier(model, _LogitOf(), tuple(pixels.shape[1:]), 3)
         for raise_loss, sign in ((True, 1), (False, -1)):
             changed = _attack(by_class, attack, 8.0, pixels, batch.labels, raise_loss=raise_loss, **steps)
@@ -159,6 +160,13 @@ class TestAdversarialAttacks:
         assert result.arrays["accuracy/fgsm"].tolist() == [
             result.numbers[f"{name}/closed_set_accuracy"] for name in ("clean", "fgsm/8", "fgsm/100")
         ]
+
+    def test_being_surer_does_not_protect(self):
+        evaluator = AdversarialAttacks(epsilons=(100.0,), steps=3)
+        # Similarities over τ = 0.05 make a model very sure; the directions of the attacks are the same.
+        unsure, sure = (evaluator(Subject(colour_model(scale=scale), colour_data())).numbers for scale in (10.0, 80.0))
+        assert unsure["fgsm/100/closed_set_accuracy"] < 0.2
+        assert sure == pytest.approx(unsure)
 
     def test_a_model_of_this_project_and_repeatability(self):
         rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
@@ -179,7 +180,7 @@ class AdversarialAttacks:
         pixels, labels = model.pixels(known.images).cpu(), known.labels.cpu()
         logits = _logits(model, pixels, "test_known images")
         shape, classes = tuple(pixels.shape[1:]), logits.shape[1]
-        by_class = _classifier(model, nn.CrossEntropyLoss(), shape, classes)
+        by_class = _classifier(model, _CrossEntropy(), shape, classes)
         by_score = _classifier(model, _LogitOf(), shape, classes)
         unknown = None
         if "test_unknown" in subject:
@@ -270,6 +271,18 @@ class _Logits(nn.Module):
         finally:
             for parameter in learnt:
                 parameter.requires_grad_(True)
+
+
+class _CrossEntropy(nn.Module):
+    """The mean over images of the cross entropy of their label, log(1 + Σ exp(the other logits) / exp(its own)); labels
+    are one-hot (N, C), as the toolbox passes them.
+
+    PyTorch's own rounds the probability of a sure answer to 1 and its logit's gradient to 0: nothing would lower it.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        others = logits.masked_fill(labels > 0, -torch.inf).logsumexp(dim=1)
+        return F.softplus(others - (logits * labels).sum(dim=1)).mean()
 
 
 class _LogitOf(nn.Module):
