@@ -56,6 +56,15 @@ def test_scores_of_logits(train):
     np.testing.assert_allclose(score("energy", train, train[2]), logsumexp(logits, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", WITHOUT_FITTING)
+def test_sure_answers_are_told_apart(name):
+    """Similarities over τ = 0.05 are as far apart as 30, where a probability is 1 to seven digits."""
+    logits = torch.zeros(12, CLASSES)
+    logits[:, 0] = torch.arange(18.0, 30.0)
+    scores = fit_detector(name, None)(Outputs(logits, logits))
+    assert (np.diff(scores) > 0).all()
+
+
 def test_scores_of_features(train):
     known, labels, test, _ = train
     train_features, features = known.features.double().numpy(), test.features.double().numpy()

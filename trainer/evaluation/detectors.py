@@ -93,7 +93,8 @@ def _outlier_scores(name: DetectorName, train: tuple[Outputs, np.ndarray] | None
 
     if train is None or name in WITHOUT_FITTING:
         on_logits = {"max_softmax": library.MaxSoftmax, "max_logit": library.MaxLogit, "energy": library.EnergyBased}
-        return _of_logits(on_logits[name](None))
+        # In 32 bits the largest probability of most sure answers is 1, and they could not be told apart.
+        return _of_logits(on_logits[name](None), torch.float64)
     outputs, labels = train[0], torch.from_numpy(np.asarray(train[1], dtype=np.int64))
     if name == "openmax":
         logits = outputs.need_logits()
@@ -114,8 +115,8 @@ def _outlier_scores(name: DetectorName, train: tuple[Outputs, np.ndarray] | None
     return lambda images: fitted.predict_features(images.features)
 
 
-def _of_logits(detector: Detector) -> Callable[[Outputs], Tensor]:
-    return lambda images: detector.predict_logits(images.need_logits())
+def _of_logits(detector: Detector, dtype: torch.dtype = torch.float32) -> Callable[[Outputs], Tensor]:
+    return lambda images: detector.predict_logits(images.need_logits().to(dtype))
 
 
 def _fitted_by_openmax(logits: Tensor, labels: Tensor, tail: int) -> Tensor:
