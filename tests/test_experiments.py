@@ -9,12 +9,28 @@ import pytest
 
 from trainer.reproduce.experiments import EXPERIMENTS, experiment, published
 from trainer.reproduce.plan import ReproduceConfig, plan
+from trainer.reproduce.tables import schedules
 
 
 def test_variants_of_one_protocol_differ_in_what_they_train():
     for name in EXPERIMENTS:
         cells = plan(ReproduceConfig(experiment=name, protocols=("cifar10",), splits=(0,)))
         assert len({json.dumps(cell.config.identity) for cell in cells}) == len(cells), name
+
+
+@pytest.mark.parametrize("protocol", ["mnist", "cifar10"])
+def test_the_rows_beyond_the_paper_change_one_thing(protocol):
+    variants = {variant.name: variant.config(protocol) for variant in experiment("beyond").variants}
+    published_one = variants.pop("published")
+    for name, config in variants.items():
+        changed = {field for field, value in config.identity.items() if value != published_one.identity[field]}
+        assert changed == {"objective" if name == "khosla" else "mixing"}, name
+
+
+def test_mnist_is_said_to_be_trained_without_mixing_only_where_it_is():
+    for name, said in (("table2", True), ("figure2", False), ("beyond", False)):
+        notes = schedules(plan(ReproduceConfig(experiment=name, protocols=("mnist",), splits=(0,))))
+        assert any("MNIST is trained without mixing" in note for note in notes) == said, name
 
 
 def test_published_figures_are_the_papers():

@@ -169,7 +169,7 @@ REMARKS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         "For SVHN the paper names 300 epochs and neither phases nor weights: θ and λ are those of CIFAR-10.",
     ),
     (
-        lambda config: config.protocol == "mnist" and config.method in ("gradmix", "supcon+simclr"),
+        lambda config: config.protocol == "mnist" and config.method == "gradmix" and config.mixing.kind == "none",
         "MNIST is trained without mixing, as in the paper: there GradMix is SupCon + SimCLR.",
     ),
     (
@@ -190,13 +190,18 @@ REMARKS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
 """Of whose training what is said: where it departs from what is published, or the paper leaves it open."""
 
 
+def _with_mixing(protocol: str) -> TrainConfig:
+    """The paper's method. Where a protocol's recipe has no mixing it has."""
+    base = _as_published(recipe(protocol))
+    return base if base.mixing.kind != "none" else dataclasses.replace(base, mixing=MixingConfig())
+
+
 def _gradmix_with(name: str, measures: Mapping[str, Measure] = _OSR, **changes: Any) -> Variant:
-    """The paper's method with some fields of its mixing replaced. Where a protocol's recipe has no mixing it has."""
+    """The paper's method with some fields of its mixing replaced."""
 
     def config(protocol: str) -> TrainConfig:
-        base = recipe(protocol)
-        mixing = base.mixing if base.mixing.kind != "none" else MixingConfig()
-        return dataclasses.replace(_as_published(base), mixing=dataclasses.replace(mixing, **changes))
+        base = _with_mixing(protocol)
+        return dataclasses.replace(base, mixing=dataclasses.replace(base.mixing, **changes))
 
     return Variant(name=name, config=config, measures=measures)
 
@@ -476,7 +481,7 @@ def _beyond() -> Experiment:
 
 
 def _with_objective(protocol: str, **changes: Any) -> TrainConfig:
-    base = _as_published(recipe(protocol))
+    base = _with_mixing(protocol)
     return dataclasses.replace(base, objective=dataclasses.replace(base.objective, **changes))
 
 
