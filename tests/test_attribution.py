@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.attribution import PeakStore, attribution, frozen_statistics, peaks, places, random_places
+from trainer.attribution import PeakStore, attribution, else_random, frozen_statistics, peaks, places, random_places
 from trainer.config import MixingConfig
 
 
@@ -37,16 +37,23 @@ def test_the_sign_switch_turns_the_gradient_round():
     assert peaks([maps], [gradient], MixingConfig(gradient_sign=-1)).tolist() == [[[0.75, 0.75]]]
 
 
-def test_the_store_gives_back_what_it_was_told_and_chance_otherwise():
+def test_the_store_gives_back_what_it_was_told():
     store = PeakStore(10, 2, torch.device("cpu"))
     told = torch.rand(3, 2, 2)
     store.update(torch.tensor([7, 2, 5]), told)
-    looked = store.lookup(torch.tensor([5, 0, 7]), seed=1, epoch=4)
-    assert torch.equal(looked[0], told[2]) and torch.equal(looked[2], told[0])
-    assert torch.equal(looked[1:2], random_places(torch.tensor([0]), 2, seed=1, epoch=4))
-    assert ((looked >= 0) & (looked < 1)).all()
+    looked = store.lookup(torch.tensor([5, 0, 7]))
+    assert torch.equal(looked[0], told[2]) and torch.equal(looked[2], told[0]) and looked[1].isnan().all()
     store.update(torch.tensor([5]), torch.full((1, 2, 2), torch.nan))
-    assert not torch.equal(store.lookup(torch.tensor([5]), seed=1, epoch=4)[0], told[2])
+    assert store.lookup(torch.tensor([5])).isnan().all()
+
+
+def test_a_place_that_is_not_known_is_drawn():
+    known = torch.tensor([[[0.2, 0.3], [torch.nan, torch.nan]], [[0.0, 1.0], [0.5, 0.5]]])
+    indices = torch.tensor([4, 9])
+    centers = else_random(known, indices, seed=1, epoch=4)
+    assert torch.equal(centers[0, 1], random_places(indices, 2, seed=1, epoch=4)[0, 1])
+    centers[0, 1] = torch.nan
+    assert torch.equal(centers.nan_to_num(), known.nan_to_num())
 
 
 def test_frozen_statistics_normalise_by_the_batch_and_learn_nothing():

@@ -372,6 +372,24 @@ def test_zero_stages_and_clipping_from_a_file_train(config, tmp_path, stage):
     assert not trainer.peaks.places.isnan().all()
 
 
+def test_in_the_first_epoch_patches_go_anywhere_in_the_view(config):
+    """Not to its edge, where a place of the source that the view does not show would come to lie."""
+    trainer = new_trainer(config)
+    seen = []
+    render = trainer.render
+
+    def note(*args, **patches):
+        seen.append(patches["centers"])
+        return render(*args, **patches)
+
+    trainer.render = note
+    for step, batch in enumerate(trainer.loader.epoch(0)):
+        trainer.mixed_views(batch, *(trainer.parameters(batch, 0, view) for view in (0, 1)), 0, step)
+    centers = torch.cat(seen).flatten()
+    assert ((centers > 0) & (centers < 1)).all() and abs(centers.mean() - 0.5) < 0.03
+    assert ((centers * 4).long().bincount() / len(centers) - 0.25).abs().max() < 0.05
+
+
 def test_alone_no_gradient_is_copied_to_be_added_up(config, monkeypatch):
     trainer = new_trainer(config)
     before = weights(trainer)

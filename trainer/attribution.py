@@ -78,10 +78,9 @@ class PeakStore:
         self.places = torch.full((num_images, num_peaks, 2), torch.nan, device=device)
         self._updated = torch.zeros(num_images, dtype=torch.bool, device=device)
 
-    def lookup(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
-        """Places (N, P, 2) of the images `indices` (N,); a random one where none is known."""
-        stored = self.places[indices]
-        return torch.where(stored.isnan(), random_places(indices, stored.shape[1], seed=seed, epoch=epoch), stored)
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Places (N, P, 2) of the images `indices` (N,)."""
+        return self.places[indices]
 
     def update(self, indices: Tensor, places: Tensor) -> None:
         """Remember `places` (N, P, 2) for `indices` (N,); NaN forgets."""
@@ -111,6 +110,11 @@ class PeakStore:
 def random_places(indices: Tensor, num_places: int, *, seed: int, epoch: int) -> Tensor:
     """Uniform places (N, P, 2), a function of (seed, epoch, index) only."""
     return uniforms(seed, epoch, indices, Stream.PLACE, 2 * num_places).view(-1, num_places, 2)
+
+
+def else_random(places: Tensor, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """`places` (N, P, 2), and random ones where they are NaN."""
+    return torch.where(places.isnan(), random_places(indices, places.shape[1], seed=seed, epoch=epoch), places)
 
 
 @contextmanager

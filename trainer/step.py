@@ -14,7 +14,7 @@ from data_pipeline.beton import Build
 from data_pipeline.loader import Batch, Loader, Partitions, open_loader
 from data_pipeline.views import ViewParameters, draw_parameters, render_views
 from trainer import checkpoint
-from trainer.attribution import PeakStore, first_view_gradients, frozen_statistics, places, random_places
+from trainer.attribution import PeakStore, else_random, first_view_gradients, frozen_statistics, places, random_places
 from trainer.batch_norm import agree_on_statistics, synchronise
 from trainer.config import TrainConfig
 from trainer.distributed import rank, world_size
@@ -144,7 +144,8 @@ class Trainer:
         same_step = mixing.uses_peaks and mixing.peaks_from == "same_step"
         if mixing.kind == "gradmix" and not same_step:
             if mixing.uses_peaks:
-                centers = first.geometry.to_view(self.peaks.lookup(batch.indices, **draw))
+                known = first.geometry.to_view(self.peaks.lookup(batch.indices))
+                centers = else_random(known, batch.indices, **draw)
             else:
                 centers = random_places(batch.indices, mixing.num_patches, **draw)
             partner, gamma = partners(n, self.device), draw_gamma(mixing, batch.indices, step=step, **draw)
@@ -153,8 +154,7 @@ class Trainer:
         views = self.render(batch, first, second)
         centers = None
         if same_step:
-            found = self.same_step_peaks(batch, views, epoch, step)
-            centers = torch.where(found.isnan(), random_places(batch.indices, mixing.num_patches, **draw), found)
+            centers = else_random(self.same_step_peaks(batch, views, epoch, step), batch.indices, **draw)
         mixed = mix(views[:n], batch.indices, centers, mixing, step=step, **draw)
         return torch.cat([views, mixed.views]), mixed
 
