@@ -188,6 +188,14 @@ def test_corruption_examples():
     np.testing.assert_array_equal(figure.axes[5].get_images()[0].get_array(), examples[1, 2])
 
 
+def test_histograms_of_scores_that_differ_in_their_last_digits():
+    sure = 1 - np.array([0.0, 1e-16, 2e-16, 1e-15])
+    for scale in (1.0, 1e6):
+        (axes,) = plots.score_histogram(scale * sure[:2], scale * sure[2:]).axes
+        for bars in axes.containers:
+            assert sum(bar.get_height() for bar in bars) == pytest.approx(100)
+
+
 def test_histograms_of_several_methods():
     scores = {"a": (KNOWN, UNKNOWN), "b": (10 * KNOWN[:50], UNKNOWN), "c": (KNOWN, UNKNOWN[:1])}
     figure = plots.score_histograms_figure(scores, title="t", note="budget smoke")

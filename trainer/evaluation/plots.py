@@ -457,7 +457,12 @@ def _spaced(name: str) -> str:
 
 def _histograms(axes: Axes, groups: Mapping[str, np.ndarray], bins: int) -> None:
     """Of unknown and of known images, over the same bins, the bars of each group adding up to 100 percent."""
-    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins)
+    together = np.concatenate(list(groups.values()))
+    try:
+        edges = np.histogram_bin_edges(together, bins=bins)
+    except ValueError:  # they differ by less than bins can be narrow, as the softmax of very sure answers does
+        margin = 0.5 * max(float(np.abs(together).max()), 1.0)
+        edges = np.linspace(together.min() - margin, together.max() + margin, bins + 1)
     for (label, scores), colour in zip(groups.items(), (UNKNOWN, KNOWN)):
         weights = np.full(len(scores), 100 / len(scores))
         axes.hist(scores, edges, weights=weights, color=colour, alpha=0.6, label=label)
