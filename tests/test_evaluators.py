@@ -118,6 +118,45 @@ class TestFeatureModel:
         torch.testing.assert_close(outputs.logits, expected, atol=1e-4, rtol=1e-4)
         with pytest.raises(InputError, match="fewer than k = 21"):
             colour_model().with_gallery(data["train"].images, data["train"].labels, k=21)
+        with pytest.raises(InputError, match="k is 0; set it to 1"):
+            colour_model().with_gallery(data["train"].images, data["train"].labels, k=0)
+        with pytest.raises(InputError, match="20 of 60 gallery images have labels outside of 0 to 1"):
+            colour_model().with_gallery(data["train"].images, data["train"].labels - 1)
+
+    @pytest.mark.parametrize(
+        ("made", "said"),
+        [
+            (lambda means: means[:, :, None, None], r"\[\(7, 3, 1, 1\)\] of 7 images"),
+            (lambda means: means[:, 0], r"\[\(7,\)\]"),
+            (lambda means: means[:4], r"\[\(4, 3\)\]"),
+            (lambda means: (means, means, means), "return features"),
+            (lambda means: (means, means[:, :, None]), r"\(7, 3, 1\)"),
+            (lambda means: {"features": means}, "dict"),
+            (lambda means: None, "NoneType"),
+        ],
+    )
+    def test_what_is_neither_features_nor_a_pair_is_said(self, made, said):
+        class Other(MeanColour):
+            def forward(self, views):
+                return made(super().forward(views))
+
+        model = FeatureModel(Other(False), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        data = colour_data()
+        images = data["train"].images[:7]
+        with pytest.raises(InputError, match=said):
+            model(images)
+        with pytest.raises(InputError, match="let it return features"):
+            model.with_gallery(images, data["train"].labels[:7], k=1)
+
+    def test_features_of_half_precision(self):
+        class Half(MeanColour):
+            def forward(self, views):
+                return super().forward(views).half()
+
+        data = colour_data()
+        model = FeatureModel(Half(False), image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+        model = model.with_gallery(data["train"].images, data["train"].labels, k=4)
+        assert OpenSet(bootstrap=FEW)(Subject(model, data)).numbers["closed_set_accuracy"] == 1
 
     def test_gradients_reach_the_pixels_and_the_layer(self):
         pixels = torch.rand(4, 3, SIZE, SIZE, requires_grad=True)

@@ -121,8 +121,7 @@ class FeatureModel:
     def outputs(self, pixels: Tensor) -> Outputs:
         """Outputs of pixels (M, C, h, w) in [0, 1], with gradient."""
         mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        features, logits = _split(self.network((pixels - mean) / std))
-        return Outputs(features.float(), None if logits is None else logits.float())
+        return Outputs(*_split(self.network((pixels - mean) / std), len(pixels)))
 
     def maps(self, pixels: Tensor) -> tuple[Outputs, Tensor]:
         """As `outputs`, and the output (M, K, h', w') of `layer` on the way there, of which gradients can be taken.
@@ -287,19 +286,34 @@ def gallery_logits(features: Tensor, gallery: Sequence[Tensor], k: int) -> Tenso
 
 
 def _by_class(gallery: Tensor, labels: Tensor, k: int) -> list[Tensor]:
+    if k < 1:
+        raise InputError(f"k is {k}; set it to 1 or more")
+    if len(labels):
+        check_labels(labels.cpu(), int(labels.max()) + 1, "gallery images", "the gallery")
     counts = torch.bincount(labels)
     if len(counts) == 0 or int(counts.min()) < k:
         raise InputError(f"a class has fewer than k = {k} gallery images: use a smaller k")
     return [F.normalize(gallery[labels == label], dim=1) for label in range(len(counts))]
 
 
-def _split(result: Tensor | tuple[Tensor, Tensor | None] | Encoded) -> tuple[Tensor, Tensor | None]:
-    """Features, and logits if there are any, of whatever a network returns."""
-    if isinstance(result, Tensor):
-        return result, None
-    if isinstance(result, Encoded):
-        return result.embeddings, result.logits
-    return result
+def _split(result: Tensor | tuple[Tensor, Tensor | None] | Encoded, count: int) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits if there are any, in 32 bits, of whatever a network returns for `count` images; raises
+    `InputError` if that is something else, of which some number could often be made all the same."""
+    made = (result.embeddings, result.logits) if isinstance(result, Encoded) else result
+    parts = [made, None] if isinstance(made, Tensor) else list(made) if isinstance(made, tuple | list) else []
+    whole = [part for part in parts if part is not None]
+    if (
+        len(parts) != 2
+        or parts[0] is None
+        or not all(isinstance(part, Tensor) and part.ndim == 2 and len(part) == count for part in whole)
+    ):
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in whole]
+        raise InputError(
+            f"the network makes {shapes or type(made).__name__} of {count} images: let it return features "
+            f"({count}, D), or a pair of these and of logits ({count}, C)"
+        )
+    features, logits = parts
+    return features.float(), None if logits is None else logits.float()
 
 
 class _OpenSetNetwork(nn.Module):
@@ -326,7 +340,7 @@ class _GalleryNetwork(nn.Module):
         self.gallery = _by_class(gallery, labels, k)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        features, _ = _split(self.network(views))
+        features, _ = _split(self.network(views), len(views))
         return features, gallery_logits(features, self.gallery, self.k)
 
 
