@@ -25,7 +25,7 @@ from trainer.config import TrackingConfig
 from trainer.evaluation.evaluators import BootstrapConfig, ClosedSet, Evaluation
 from trainer.recipes import recipe
 from trainer.registry import OpenSetModel
-from trainer.reproduce import measure
+from trainer.reproduce import measure, runner
 from trainer.reproduce.experiments import EXPERIMENTS, Measure, Variant, experiment
 from trainer.reproduce.plan import ReproduceConfig, plan
 from trainer.reproduce.runner import reproduce
@@ -160,7 +160,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
         with pytest.raises(Preempted):
             reproduce(config, console := output())
         said = console.export_text()
-        assert "stopped by the system in gradmix-digits-0-seed0: the same command goes on there" in said
+        assert "stopped in gradmix-digits-0-seed0: the same command goes on there" in said
 
         # With --restart nothing is left of what was, also of the cells that were not reached.
         with pytest.raises(Preempted):
@@ -175,6 +175,23 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     (runs["gradmix-digits-0-seed0"] / "model" / "model.json").unlink()
     with pytest.raises(InputError, match=r"is finished, but has lost its model: remove it to have it trained anew"):
         reproduce(only, output())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_request_to_stop_outside_of_training_ends_in_good_order(monkeypatch, number, status):
+    config = ReproduceConfig(
+        experiment="table1", protocols=("digits",), splits=(0,), variants=("supcon",), budget="smoke", restart=True
+    )
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(each) for each in signals]
+    monkeypatch.setattr(runner, "compute", lambda *args: os.kill(os.getpid(), number))
+    with pytest.raises(Preempted) as stopped, runner.ended_in_good_order():
+        reproduce(config, console := output())
+    assert stopped.value.status == status
+    # After Ctrl-C, too, another --restart would throw away what is there.
+    said = console.export_text()
+    assert "stopped in supcon-digits-0-seed0: the same command without --restart goes on there" in said
+    assert [signal.getsignal(each) for each in signals] == handlers
 
 
 def by_split_0(folder):

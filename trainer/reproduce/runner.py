@@ -17,10 +17,12 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -98,9 +100,11 @@ def compute_cells(
         try:
             compute(cell, data.of(cell.protocol), console)
             numbers = from_first_rank(partial(numbers_line, config.experiment, cell))
-        except cli.Preempted:
+        except (cli.Preempted, KeyboardInterrupt) as stopped:
             same = "the same command" + (" without --restart" if config.restart else "")
-            run.log(f"stopped by the system in {cell.name}: {same} goes on there")
+            run.log(f"stopped in {cell.name}: {same} goes on there")
+            if isinstance(stopped, KeyboardInterrupt):
+                raise cli.Preempted(cli.EXIT_INTERRUPTED) from None
             raise
         except Exception as error:
             if world_size() > 1 and not isinstance(error, SharedError):
@@ -247,6 +251,30 @@ def _timed(config: Any, size: int, channels: int, device: torch.device, views: i
     return min(taken) / views
 
 
+@contextmanager
+def ended_in_good_order() -> Iterator[None]:
+    """Within the block the system's requests to stop end with the status that says so, also while images are built,
+    models are measured or pictures are drawn; training steps have handlers of their own, which write a checkpoint."""
+
+    def stop(number: int, frame: Any) -> None:
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        raise cli.Preempted
+
+    # Several ranks could not all leave a collective for it, and the launcher waits for each.
+    asking = (signal.SIGTERM, signal.SIGUSR1) if world_size() == 1 else ()
+    handlers = {number: signal.signal(number, stop) for number in asking}
+    try:
+        yield
+    except cli.Preempted:
+        # Whoever hurries must not change the status.
+        if cli.ends_process():
+            handlers = dict.fromkeys(handlers, signal.SIG_IGN)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @dataclass(frozen=True)
 class _Launch:
     """The option that is read before the others."""
@@ -266,5 +294,5 @@ def main() -> None:
     )
     width = None if sys.stdout.isatty() else WIDTH
     join_ranks()
-    with roll_call():
+    with roll_call(), ended_in_good_order():
         reproduce(config, Console(soft_wrap=True, width=width, quiet=os.environ.get("RANK", "0") != "0"))
