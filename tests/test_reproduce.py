@@ -131,7 +131,7 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
     cell, part = plan(config)[0], Partitions(read_build(tmp_path / "data" / DIGITS), torch.device("cpu"))
     model = OpenSetModel.load(cell.config.folder / "model")
     accuracy = Measure(evaluator=ClosedSet(bootstrap=BootstrapConfig(resamples=0)), course=8)
-    with pytest.raises(InputError, match="checkpoints are gone: add --restart"):
+    with pytest.raises(InputError, match="checkpoints are gone: remove it to have it trained anew"):
         measure.course_of(accuracy, cell, model, part)
 
     trained.clear()

@@ -148,7 +148,10 @@ def course_of(wanted: Measure, cell: Cell, model: OpenSetModel, partitions: Part
         numbers = wanted.evaluator(Subject(FeatureModel.of(model, wanted.features), partitions)).numbers
         rows.append({"epoch": epoch, **numbers})
     if not rows:
-        raise InputError(f"{cell.config.folder} was measured before, and its checkpoints are gone: add --restart")
+        # --restart would discard every cell of the table.
+        raise InputError(
+            f"{cell.config.folder} was measured before, and its checkpoints are gone: remove it to have it trained anew"
+        )
     load_encoder(model.encoder, cell.config.folder / "model" / "encoder.safetensors")
     return Evaluation({}, arrays={f"course/{name}": np.array([row[name] for row in rows]) for name in rows[0]})
 
