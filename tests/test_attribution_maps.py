@@ -71,6 +71,14 @@ def test_the_evaluator_averages_over_whole_batches():
     assert result.tested == 24  # three whole batches
 
 
+def test_thresholds_that_round_alike_have_numbers_of_their_own():
+    result = Coverage(max_images=5, lowest=1e-5, highest=1.2e-5, thresholds=4)(Subject(colour_model(), colour_data()))
+    share = result.arrays["activated_share"]
+    assert {name: value for name, value in result.numbers.items() if "/" in name} == pytest.approx(
+        {"activated_share/1e-05": share[0], "activated_share/1.13e-05": share[2], "activated_share/1.20e-05": share[3]}
+    )
+
+
 def test_fewer_images_than_a_batch():
     result = Coverage(max_images=5)(Subject(colour_model(), colour_data()))
     assert result.arrays["images"].shape[0] == result.tested == 5 and 0 <= result.numbers["activated_share"] <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,12 @@ def activated_share(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     check_finite(maps, "attribution maps", "images")
     limits = torch.as_tensor(thresholds, dtype=maps.dtype, device=maps.device)
     return (maps.flatten(1).unsqueeze(1) > limits.view(1, -1, 1)).float().mean(dim=2)
+
+
+def _named(threshold: float) -> str:
+    """With one digit where that is all of it: 1e-05, but 2.15e-04, which is not 2e-04."""
+    short = f"{threshold:.0e}"
+    return short if math.isclose(float(short), threshold, rel_tol=1e-6) else f"{threshold:.2e}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class Coverage:
         return Evaluation(
             {
                 "activated_share": float(share.mean()),
-                **{f"activated_share/{thresholds[mark]:.0e}": float(share[mark]) for mark in marks},
+                **{f"activated_share/{_named(thresholds[mark])}": float(share[mark]) for mark in marks},
             },
             arrays={
                 "threshold": thresholds,
