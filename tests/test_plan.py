@@ -13,6 +13,7 @@ from data_pipeline.protocols import protocol_names, split_count
 from trainer.reproduce.budget import BUDGETS
 from trainer.reproduce.experiments import EXPERIMENTS, experiment
 from trainer.reproduce.plan import ReproduceConfig, plan, training_name
+from trainer.reproduce.tables import table_of
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, "figure4"])
@@ -119,3 +120,25 @@ def test_a_table_of_unknown_classes_wants_some():
     with pytest.raises(InputError, match="cifar10-closed has no unknown class, and table2 measures how"):
         plan(ReproduceConfig(experiment="table2", protocols=("cifar10-closed",)))
     assert plan(ReproduceConfig(experiment="table3", protocols=("cifar10-closed",)))
+
+
+def test_official_corruptions_are_read_at_every_budget(tmp_path):
+    def told(protocol, root):
+        config = ReproduceConfig(experiment="figure4", protocols=(protocol,), budget="smoke", corrupted_root=root)
+        (cell, *_) = cells = plan(config)
+        (measure,) = cell.variant.measures.values()
+        notes = " ".join(table_of(config, cells).notes)
+        return measure.evaluator.corrupted_root, measure.evaluator.max_images, "frost is" in notes
+
+    assert told("cifar10-closed", None) == (None, 100, True)
+    assert told("cifar10-closed", tmp_path) == (tmp_path, None, False)
+    for name in ("CIFAR-10-C", "Tiny-ImageNet-C"):
+        (tmp_path / name).mkdir()
+    assert told("cifar10-closed", tmp_path) == (tmp_path / "CIFAR-10-C", None, False)
+    assert told("tinyimagenet-closed", tmp_path) == (tmp_path / "Tiny-ImageNet-C", None, False)
+    with pytest.raises(InputError, match="table1 measures no corruptions: leave --corrupted-root out"):
+        ReproduceConfig(experiment="table1", corrupted_root=tmp_path)
+    with pytest.raises(InputError, match=r"there is no folder .*gone: correct --corrupted-root"):
+        ReproduceConfig(experiment="table5", corrupted_root=tmp_path / "gone")
+    config = ReproduceConfig(experiment="table5", corrupted_root=tmp_path)
+    assert f"--corrupted-root {tmp_path}" in config.command

@@ -379,10 +379,7 @@ def _table5() -> Experiment:
             *severities,
             Column(number="clean_accuracy", title="clean accuracy"),
         ),
-        notes=(
-            "Frost is a generated texture in place of photographs, which are not at hand.",
-            "TinyImageNet's corruptions are measured on the first 100 classes, as in table 3.",
-        ),
+        notes=("TinyImageNet's corruptions are measured on the first 100 classes, as in table 3.",),
     )
 
 

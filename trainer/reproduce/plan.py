@@ -19,6 +19,7 @@ from data_pipeline.errors import InputError, unknown_name
 from data_pipeline.files import read_json, sha256
 from data_pipeline.protocols import Protocol, split_count
 from trainer.config import TrackingConfig, TrainConfig
+from trainer.evaluation.robustness import CommonCorruptions
 from trainer.reproduce.budget import BUDGETS
 from trainer.reproduce.experiments import ALIASES, Variant, experiment
 
@@ -46,6 +47,9 @@ class ReproduceConfig:
     """Where images come from, as for data_pipeline.build."""
     root: Path | None = None
     """Folder of the images, as for data_pipeline.build; several datasets may lie in sub-folders named after them."""
+    corrupted_root: Path | None = None
+    """For table5: folder of the official CIFAR-10-C or Tiny-ImageNet-C, or of both in sub-folders of these names, all
+    images of which are read at every budget. Default: generate the corruptions."""
     folder: Path = Path("reproductions")
     """Where tables go, below EXPERIMENT/BUDGET, and the runs that they share, below trainings."""
     dry_run: bool = False
@@ -74,6 +78,10 @@ class ReproduceConfig:
         for name in self.variants:
             if name not in known:
                 raise unknown_name("variant", name, known)
+        if self.corrupted_root is not None and not any(map(_has_corruptions, experiment(self.experiment).variants)):
+            raise InputError(f"{self.experiment} measures no corruptions: leave --corrupted-root out")
+        if self.corrupted_root is not None and not self.corrupted_root.is_dir():
+            raise InputError(f"there is no folder {self.corrupted_root}: correct --corrupted-root")
         if min((*self.splits, *self.seeds), default=0) < 0:
             raise InputError("a split or a seed is below 0: set --splits and --seeds to 0 or more")
 
@@ -82,6 +90,8 @@ class ReproduceConfig:
         """What decides the table, as it is typed."""
         lists = {name: getattr(self, name) for name in ("protocols", "splits", "seeds", "variants")}
         chosen = [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items() if values]
+        if self.corrupted_root is not None:
+            chosen.append(f"--corrupted-root {self.corrupted_root}")
         return " ".join(["python -m trainer.reproduce", self.experiment, *chosen, f"--budget {self.budget}"])
 
     @property
@@ -206,7 +216,31 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                     )
                     protocol = dataclasses.replace(full, classes=classes)
                     run_dir = config.trainings / training_name(trained, protocol)
+                    shown = _with_official_files(variant, protocol, config.corrupted_root)
                     cells.append(
-                        Cell(variant, protocol, dataclasses.replace(trained, run_dir=run_dir), table=config.path)
+                        Cell(shown, protocol, dataclasses.replace(trained, run_dir=run_dir), table=config.path)
                     )
     return cells
+
+
+_OFFICIAL = {"cifar10": "CIFAR-10-C", "tinyimagenet": "Tiny-ImageNet-C"}
+"""What the archive of a dataset's corrupted test images unpacks to."""
+
+
+def _has_corruptions(variant: Variant) -> bool:
+    return any(isinstance(each.evaluator, CommonCorruptions) for each in variant.measures.values())
+
+
+def _with_official_files(variant: Variant, protocol: Protocol, root: Path | None) -> Variant:
+    """`variant`, its corruptions read from below `root` if that is given, and of all images, as those files are."""
+    if root is None:
+        return variant
+    folder = root / _OFFICIAL.get(protocol.classes.dataset, "")
+    changes = {"corrupted_root": folder if folder.is_dir() else root, "max_images": None}
+    measures = {
+        name: dataclasses.replace(each, evaluator=dataclasses.replace(each.evaluator, **changes))
+        if isinstance(each.evaluator, CommonCorruptions)
+        else each
+        for name, each in variant.measures.items()
+    }
+    return dataclasses.replace(variant, measures=measures)

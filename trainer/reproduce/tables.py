@@ -16,6 +16,7 @@ from trainer.evaluation import plots
 from trainer.evaluation.evaluators import Evaluation
 from trainer.evaluation.presentation import present
 from trainer.evaluation.report import Number, TableResult, write_report
+from trainer.evaluation.robustness import CommonCorruptions
 from trainer.reproduce.budget import BUDGETS
 from trainer.reproduce.experiments import REMARKS, Column, Row, experiment, published
 from trainer.reproduce.measure import evaluation_of
@@ -83,6 +84,7 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
         notes=(
             *(f"* {label}: {mark}." for label, mark in marks.items()),
             *chosen.notes,
+            *corruption_notes(cells),
             *intervals_note(lines),
             *schedules(cells),
         ),
@@ -143,6 +145,18 @@ def schedule_text(config: TrainConfig) -> str:
         weights = f" of θ = {objective.theta:g}, λ = {objective.lam:g}" if hasattr(objective, "theta") else ""
         stretches.append(f"{epochs} {'epoch' if epochs == 1 else 'epochs'}{weights}")
     return ", then ".join(stretches)
+
+
+def corruption_notes(cells: Sequence[Cell]) -> list[str]:
+    """Where corrupted images come from, if there are any."""
+    measures = [measure.evaluator for cell in cells for measure in cell.variant.measures.values()]
+    roots = dict.fromkeys(each.corrupted_root for each in measures if isinstance(each, CommonCorruptions))
+    return [
+        "Corruptions are generated; frost is a generated texture in place of photographs, which are not at hand."
+        if root is None
+        else f"The corrupted images are those of the official files in {root}."
+        for root in roots
+    ]
 
 
 def intervals_note(lines: Sequence[Sequence[Any]]) -> list[str]:
