@@ -21,7 +21,7 @@ from data_pipeline.protocols import Protocol, split_count
 from trainer.config import TrackingConfig, TrainConfig
 from trainer.evaluation.robustness import CommonCorruptions
 from trainer.reproduce.budget import BUDGETS
-from trainer.reproduce.experiments import ALIASES, Variant, experiment
+from trainer.reproduce.experiments import ALIASES, Experiment, Variant, experiment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,8 @@ class Cell:
     config: TrainConfig
     table: Path
     """The table's folder."""
+    shown: frozenset[str] = frozenset()
+    """The numbers that the table has of it."""
 
     @property
     def name(self) -> str:
@@ -146,9 +148,11 @@ class Cell:
                 isinstance(record, dict)
                 and record.keys() >= _RECORDED
                 and record["request"] == self.request
+                # Those of an earlier version may lack one.
+                and record["numbers"].keys() >= self.shown
                 and record["arrays"] == sha256(self.folder / ARRAYS)
             )
-        except (InputError, OSError):
+        except (InputError, OSError, AttributeError):
             return None
         return record if whole else None
 
@@ -216,11 +220,21 @@ def plan(config: ReproduceConfig) -> list[Cell]:
                     )
                     protocol = dataclasses.replace(full, classes=classes)
                     run_dir = config.trainings / training_name(trained, protocol)
-                    shown = _with_official_files(variant, protocol, config.corrupted_root)
                     cells.append(
-                        Cell(shown, protocol, dataclasses.replace(trained, run_dir=run_dir), table=config.path)
+                        Cell(
+                            _with_official_files(variant, protocol, config.corrupted_root),
+                            protocol,
+                            dataclasses.replace(trained, run_dir=run_dir),
+                            table=config.path,
+                            shown=numbers_shown(chosen, variant),
+                        )
                     )
     return cells
+
+
+def numbers_shown(chosen: Experiment, variant: Variant) -> frozenset[str]:
+    rows = [row for row in chosen.rows if row.variant == variant.name]
+    return frozenset(column.of(row) for row in rows for column in chosen.columns)
 
 
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "tinyimagenet": "Tiny-ImageNet-C"}
