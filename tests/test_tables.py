@@ -111,6 +111,18 @@ def test_nothing_is_said_of_rows_that_are_not_there():
     config = dataclasses.replace(config, protocols=("mnist",), variants=("supcon", "cross_entropy"))
     notes = " ".join(table_of(config, plan(config)).notes)
     assert "Cross entropy is the tuned recipe" in notes and "Algorithm 1" in notes and "MNIST is" not in notes
+    # Classifiers are there, but none of them is scored so.
+    for name in ("table3", "table4"):
+        config = ReproduceConfig(experiment=name)
+        notes = " ".join(table_of(config, plan(config)).notes)
+        assert "Cross entropy is the tuned recipe" in notes and "Algorithm 1" not in notes
+
+
+def test_the_seeds_are_those_that_were_asked_for():
+    for seeds, said in (((), "3 training seeds"), ((0, 1, 3, 4), "4 training seeds"), ((0,), None)):
+        config = ReproduceConfig(experiment="figure2", protocols=("digits",), splits=(0,), seeds=seeds)
+        notes = " ".join(table_of(config, plan(config)).notes)
+        assert (said in notes) if said else "training seeds" not in notes
 
 
 def test_a_course_has_a_gap_where_a_row_has_no_state(monkeypatch):

@@ -177,10 +177,6 @@ REMARKS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         "Cross entropy is the tuned recipe of Vaze et al., stronger than the published row of that name.",
     ),
     (
-        lambda config: config.objective.classifier is not None,
-        '"Algorithm 1" scores a classifier\'s features by their nearest training images, as GradMix is scored.',
-    ),
-    (
         lambda config: config.objective.classifier is not None and config.protocol != "digits",
         "Cross entropy and ARPL have, within the budget, the schedule of Vaze et al. (2022), but one cosine without "
         "their two restarts, two of the protocol's own views of each image in place of RandAugment, and ResNet-18 in "
@@ -335,7 +331,6 @@ def _figure2() -> Experiment:
         notes=(
             "The paper shows bars without figures; it says GradMix is about 3 points of AUROC above no mixing.",
             "A random and the least activated place are controls that the paper does not have.",
-            "Three training seeds on every split, to tell places apart that differ by less than runs do.",
             _WEIGHTS_NOTE,
         ),
         seeds=(0, 1, 2),

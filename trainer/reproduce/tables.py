@@ -84,9 +84,11 @@ def table_of(config: ReproduceConfig, cells: Sequence[Cell], failed: Sequence[st
         notes=(
             *(f"* {label}: {mark}." for label, mark in marks.items()),
             *chosen.notes,
+            *seeds_note(cells),
             *corruption_notes(cells),
             *intervals_note(lines),
             *schedules(cells),
+            *algorithm_note(lines),
         ),
         figures=pictures(config.experiment, config.budget, cells),
         facts={
@@ -145,6 +147,21 @@ def schedule_text(config: TrainConfig) -> str:
         weights = f" of θ = {objective.theta:g}, λ = {objective.lam:g}" if hasattr(objective, "theta") else ""
         stretches.append(f"{epochs} {'epoch' if epochs == 1 else 'epochs'}{weights}")
     return ", then ".join(stretches)
+
+
+def seeds_note(cells: Sequence[Cell]) -> list[str]:
+    """How many there are, if several."""
+    seeds = {cell.config.seed for cell in cells}
+    if len(seeds) < 2:
+        return []
+    return [f"{len(seeds)} training seeds on every split, to tell rows apart that differ by less than runs do."]
+
+
+def algorithm_note(lines: Sequence[Sequence[Any]]) -> list[str]:
+    """What the rows of classifiers scored in another way are, if there are any."""
+    if not any(line[0].endswith(", algorithm 1") for line in lines):
+        return []
+    return ['"Algorithm 1" scores a classifier\'s features by their nearest training images, as GradMix is scored.']
 
 
 def corruption_notes(cells: Sequence[Cell]) -> list[str]:
