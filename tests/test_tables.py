@@ -108,6 +108,9 @@ def test_nothing_is_said_of_rows_that_are_not_there():
     config = ReproduceConfig(experiment="table2", protocols=("digits",), splits=(0,), variants=("supcon",))
     notes = " ".join(table_of(config, plan(config)).notes)
     assert not any(word in notes for word in ("Cross entropy", "Algorithm 1", "MNIST"))
+    # Nor of published rows, which digits have not.
+    config = dataclasses.replace(config, variants=("supcon", "cross_entropy"))
+    assert not any("published row" in note for note in table_of(config, plan(config)).notes)
     config = dataclasses.replace(config, protocols=("mnist",), variants=("supcon", "cross_entropy"))
     notes = " ".join(table_of(config, plan(config)).notes)
     assert "Cross entropy is the tuned recipe" in notes and "Algorithm 1" in notes and "MNIST is" not in notes

@@ -173,7 +173,7 @@ REMARKS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         "MNIST is trained without mixing, as in the paper: there GradMix is SupCon + SimCLR.",
     ),
     (
-        lambda config: config.method == "cross_entropy",
+        lambda config: config.method == "cross_entropy" and config.protocol != "digits",
         "Cross entropy is the tuned recipe of Vaze et al., stronger than the published row of that name.",
     ),
     (
