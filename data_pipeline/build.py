@@ -128,7 +128,7 @@ def main() -> None:
         prog="python -m data_pipeline.build",
         description="Build the FFCV files of a protocol: train, calibration, test_known, test_unknown.",
     )
-    console = Console(soft_wrap=True)
+    console = cli.console()
     made = build(config, console)
     console.print(f"the files are in {made.folder}")
 

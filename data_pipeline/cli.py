@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
+from rich.console import Console
 
 from data_pipeline.errors import InputError
 
 Config = TypeVar("Config")
 
+WIDTH = 140
+"""Columns of a table where no terminal says how many there are."""
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75
 """The work was put away in good order because the system asked for it: the same command goes on with it."""
@@ -25,6 +28,12 @@ class Preempted(BaseException):
     def __init__(self, status: int = EXIT_REQUEUE) -> None:
         super().__init__(status)
         self.status = status
+
+
+def console(*, quiet: bool = False) -> Console:
+    """What a command prints to."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(soft_wrap=True, width=width, quiet=quiet)
 
 
 _ends_process = False
@@ -56,6 +65,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        _ends_process = False
 
 
 def parse(

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from safetensors.torch import save_file
 
 from data_pipeline import cli
@@ -68,7 +67,7 @@ def main() -> None:
         description="A build's images as safetensors, for machines without FFCV.",
     )
     made = export(read_build(config.folder), config.out, config.workers)
-    console = Console(soft_wrap=True)
+    console = cli.console()
     for name, record in made.manifest.files.items():
         console.print(f"{name:>12}: {record.count:,} images, {record.bytes / 2**20:.1f} MiB")
     console.print(f"the files are in {made.folder}: train with --data {made.folder}")

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 
 from data_pipeline import cli
 from data_pipeline.beton import find_build
@@ -48,7 +47,7 @@ class Runner:
     """Trains and measures, one configuration after the other, in this process."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.device, self.console = config, join_ranks(), Console(soft_wrap=True)
+        self.config, self.device, self.console = config, join_ranks(), cli.console()
         self._started, self._longest = time.perf_counter(), 0.0
         self._partitions: tuple[tuple[str, int], Partitions] | None = None
         config.out.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,8 @@ def test_losses_gradients_weights_and_peaks_do_not_depend_on_the_number_of_ranks
         results = [result[place] for result in together]
         assert len(results[0]["losses"]) == (14 if place == 3 else 7)
         first_losses = torch.stack([result["losses"][0] for result in results]).mean(dim=0)
-        torch.testing.assert_close(first_losses, expected["losses"][0], atol=1e-6, rtol=1e-6)
+        # A similarity is right to 1e-7, and divided by a temperature of 0.05.
+        torch.testing.assert_close(first_losses, expected["losses"][0], atol=1e-5, rtol=1e-6)
         for result in results:
             for name, gradient in result["gradients"].items() if place == 0 else ():
                 torch.testing.assert_close(gradient, expected["gradients"][name], atol=1e-5, rtol=1e-4, msg=name)

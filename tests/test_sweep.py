@@ -338,7 +338,7 @@ def test_trials_of_two_ranks_score_what_those_of_one_do(config, another_ray):
     offline = dataclasses.replace(config.base.tracking, offline=True)
     # Small steps: in so small a network a difference of 1e-7 in the weights is one of 1e-3 in the loss three steps of
     # the usual size later, on one rank as on two.
-    sgd = OptimizerConfig(name="sgd", learning_rate=1e-4)
+    sgd = OptimizerConfig(name="sgd", learning_rate=1e-5)
     base = dataclasses.replace(config.base, batch_size=96, optimizer=sgd, tracking=offline)
     config = dataclasses.replace(config, base=base, final_epochs=0, cpus=0.9, max_concurrent=1)
     one, two = (

@@ -192,7 +192,7 @@ def main() -> None:
         prog="python -m trainer.calibrate",
         description="Say how sure a model's threshold is, or set another one without training again.",
     )
-    run(config, Console(soft_wrap=True))
+    run(config, cli.console())
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main() -> None:
         prog="python -m trainer.drift",
         description="Compare the scores of recent images with those that the model's threshold was set by.",
     )
-    _, moved = check(config, Console(soft_wrap=True))
+    _, moved = check(config, cli.console())
     if moved and config.fail:
         raise SystemExit(EXIT_MOVED)
 

@@ -347,7 +347,7 @@ def main() -> None:
         prog="python -m trainer.evaluate",
         description="Measure a registered model, or several side by side, on the test images of their protocol.",
     )
-    evaluate(config, Console(soft_wrap=True))
+    evaluate(config, cli.console())
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def main() -> None:
         prog="python -m trainer.explain",
         description="Show why a model says what it says: attribution, class scores, nearest training images.",
     )
-    run(config, Console(soft_wrap=True))
+    run(config, cli.console())
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def main() -> None:
         prog="python -m trainer.page",
         description="A web page on which a model recognises the images that are dropped on it, and says why.",
     )
-    serve(config, Console(soft_wrap=True))
+    serve(config, cli.console())
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def main() -> None:
         prog="python -m trainer.predict",
         description="Name the class of images, or say that it is unknown.",
     )
-    rows = predict(config, Console(soft_wrap=True))
+    rows = predict(config, cli.console())
     if all(row["error"] is not None for row in rows):
         raise SystemExit(EXIT_NONE_READABLE)
 

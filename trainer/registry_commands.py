@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from data_pipeline import cli
 from trainer import promotion, registry
 from trainer.promotion import Measurement, Metric
 from trainer.registry import ModelCard
@@ -47,7 +47,7 @@ def compare(
     """
     result = promotion.compare(champion, challenger, measurement)
     table = promotion.comparison_table(result, champion, challenger, measurement.confidence)
-    Console(soft_wrap=True).print(table)
+    cli.console().print(table)
 
 
 @app.command
@@ -67,7 +67,7 @@ def promote(
             0 asks for a challenger that is surely better.
         metric: What is compared.
     """
-    console = Console(soft_wrap=True)
+    console = cli.console()
     if not promotion.promote(champion, challenger, measurement, margin=margin, metric=metric, console=console):
         raise SystemExit(1)
 
@@ -93,7 +93,7 @@ def history(name: tyro.conf.Positional[str], tracking_uri: str | None = None) ->
         tracking_uri: MLflow store of models:/ names. Default: MLFLOW_TRACKING_URI, else sqlite:///mlruns.db.
     """
     for table in promotion.history_tables(name.removeprefix("models:/"), tracking_uri):
-        Console().print(table)
+        cli.console().print(table)
 
 
 def main() -> None:

@@ -265,7 +265,7 @@ def main() -> None:
     config = parse_config(sys.argv[1:])
     join_ranks()
     with roll_call():
-        train(config, Console(soft_wrap=True))
+        train(config, cli.console())
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def hand_over(folder: Path) -> None:
 
 
 def main() -> None:
-    sweep(parse_config(sys.argv[1:]), Console(soft_wrap=True))
+    sweep(parse_config(sys.argv[1:]), cli.console())
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from trainer.reproduce.budget import BUDGETS
 from trainer.reproduce.experiments import EXPERIMENTS, experiment
 from trainer.reproduce.measure import Data, compute
 from trainer.reproduce.plan import Cell, ReproduceConfig, plan
-from trainer.reproduce.tables import WIDTH, duration, numbers_line, write_tables
+from trainer.reproduce.tables import duration, numbers_line, write_tables
 from trainer.roll_call import roll_call
 from trainer.tracking import (
     JournalTracker,
@@ -292,7 +292,6 @@ def main() -> None:
         description="Compute a table or figure of the paper and show it beside the published one. "
         f"Experiments: {', '.join(EXPERIMENTS)}.",
     )
-    width = None if sys.stdout.isatty() else WIDTH
     join_ranks()
     with roll_call(), ended_in_good_order():
-        reproduce(config, Console(soft_wrap=True, width=width, quiet=os.environ.get("RANK", "0") != "0"))
+        reproduce(config, cli.console(quiet=os.environ.get("RANK", "0") != "0"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from data_pipeline import cli
 from data_pipeline.files import replacing
 from trainer.config import TrainConfig
 from trainer.evaluation import plots
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NONE = "—"
-WIDTH = 140
-"""Columns of a table in a file."""
 
 
 def write_tables(
@@ -38,7 +37,7 @@ def write_tables(
     console.print(result.to_rich())
     for line in (*result.notes, *(f"{name}: {text}" for name, text in result.facts.items())):
         console.print(line, markup=False, highlight=False)
-    text = Console(file=StringIO(), width=WIDTH)
+    text = Console(file=StringIO(), width=cli.WIDTH)
     text.print(result.to_rich())
     with replacing(config.path / "table.txt") as partial:
         partial.write_text(text.file.getvalue(), encoding="utf-8")
