@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline import beton, cli
+from data_pipeline import beton
 from data_pipeline.beton import find_build, find_split, read_build
 from data_pipeline.build import BuildConfig, build
 from data_pipeline.errors import InputError
@@ -390,16 +390,6 @@ def test_an_empty_class_folder_is_left_out_unless_it_is_asked_for(folder_of_imag
     request = BuildConfig(protocol="cifar10", source="imagefolder", root=folder_of_images, out=tmp_path / "data")
     with pytest.raises(InputError, match="no images found in class folder 'emu': add some"):
         build(request, QUIET)
-
-
-def test_the_command_line_answers_bad_input_with_one_line(capsys):
-    def fail() -> None:
-        raise InputError("no such thing: do something else")
-
-    with pytest.raises(SystemExit) as ended:
-        cli.run(fail)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: no such thing: do something else\n"
 
 
 def test_encodings_have_names():
