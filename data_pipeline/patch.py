@@ -207,6 +207,7 @@ def _sizes(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _side(gamma: float, size: int) -> int:
+    """⌊γ·size + ½⌋, at least 1, in 32 bits as the kernels have it."""
     side = np.float32(gamma) * np.float32(size) + np.float32(0.5)
     return min(max(int(side), 1), size)
 
