@@ -237,7 +237,7 @@ def seconds_per_view(cell: Cell, device: torch.device) -> float:
 
 
 @cache
-def _timed(config: Any, size: int, channels: int, device: torch.device, views: int = 48) -> float:
+def _timed(config: Any, size: int, channels: int, device: torch.device, views: int = 16) -> float:
     encoder, batch = Encoder(config, channels).to(device), torch.randn(views, channels, size, size, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
     taken = []
