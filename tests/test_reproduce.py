@@ -187,10 +187,13 @@ def test_a_table_from_images_to_numbers_that_goes_on_where_it_stopped(monkeypatc
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_request_to_stop_outside_of_training_ends_in_good_order(monkeypatch, number, status):
+def test_a_request_to_stop_outside_of_training_ends_in_good_order(monkeypatch, request, number, status):
     config = ReproduceConfig(
         experiment="table1", protocols=("digits",), splits=(0,), variants=("supcon",), budget="smoke", restart=True
     )
+    # A process that was started in the background of a shell ignores Ctrl-C, and its tests would, too.
+    at_start = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, at_start))
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(each) for each in signals]
     monkeypatch.setattr(runner, "compute", lambda *args: os.kill(os.getpid(), number))
