@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -42,6 +44,22 @@ _ends_process = False
 def ends_process() -> bool:
     """Whether what runs is a command, whose process ends with it; elsewhere, in a notebook say, others go on in it."""
     return _ends_process
+
+
+@contextmanager
+def on_signals(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the block these signals call `handler`. After it they do what they did before; but where a command was
+    `Preempted` they do nothing any more: whoever hurries it, as launchers do, must not change its status."""
+    handlers = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    except Preempted:
+        if ends_process():
+            handlers = dict.fromkeys(handlers, signal.SIG_IGN)
+        raise
+    finally:
+        for number, before in handlers.items():
+            signal.signal(number, before)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -188,17 +188,9 @@ def requests_to_stop() -> Iterator[list[str]]:
                 print("\nwriting a checkpoint after this step; Ctrl-C again does not wait for it", file=sys.stderr)
         asked.append(signal.Signals(number).name)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    # Ranks end one after the other: those that are left are let end by themselves.
+    with cli.on_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), note):
         yield asked
-    except cli.Preempted:
-        # Ranks end one after the other, and launchers hurry those that are left: let them end by themselves.
-        if cli.ends_process():
-            handlers = dict.fromkeys(handlers, signal.SIG_IGN)
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def loss_line(parts: dict[str, float]) -> str:

@@ -261,18 +261,8 @@ def ended_in_good_order() -> Iterator[None]:
         raise cli.Preempted
 
     # Several ranks could not all leave a collective for it, and the launcher waits for each.
-    asking = (signal.SIGTERM, signal.SIGUSR1) if world_size() == 1 else ()
-    handlers = {number: signal.signal(number, stop) for number in asking}
-    try:
+    with cli.on_signals((signal.SIGTERM, signal.SIGUSR1) if world_size() == 1 else (), stop):
         yield
-    except cli.Preempted:
-        # Whoever hurries must not change the status.
-        if cli.ends_process():
-            handlers = dict.fromkeys(handlers, signal.SIG_IGN)
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
