@@ -134,3 +134,24 @@ def test_a_map_that_says_nothing_has_no_place():
     centers, scores = find_peaks(activation)
     assert centers[:3].isnan().all() and not centers[3].isnan().any()
     assert scores[0].item() == 0 and scores[1:3].isnan().all() and scores[3].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"partner": torch.tensor([1, 2])}, "partner has an index out of range; set it within 0 to 1"),
+        ({"partner": torch.tensor([-1, 0])}, "partner has an index out of range; set it within 0 to 1"),
+        ({"centers": torch.tensor([[[0.5, 0.5]], [[0.5, torch.nan]]])}, "centers has a place that is not finite"),
+        ({"centers": torch.tensor([[[torch.inf, 0.5]], [[0.5, 0.5]]])}, "centers has a place that is not finite"),
+        ({"centers": torch.tensor([[[-torch.inf, 0.5]], [[0.5, 0.5]]])}, "centers has a place that is not finite"),
+        ({"gamma": torch.tensor([0.5, 1.1])}, "gamma has a value out of range"),
+        ({"gamma": torch.tensor([0.0, 0.5])}, "gamma has a value out of range"),
+        ({"gamma": torch.tensor([0.5, torch.nan])}, "gamma has a value out of range"),
+    ],
+)
+def test_values_that_are_out_of_range_are_refused(change, message):
+    images, partner, centers = torch.randn(2, 3, 8, 8), torch.tensor([1, 0]), torch.full((2, 1, 2), 0.5)
+    arguments = {"images": images, "partner": partner, "centers": centers, "gamma": torch.full((2,), 0.5)}
+    assert gradmix_views(**arguments).isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        gradmix_views(**(arguments | change))
